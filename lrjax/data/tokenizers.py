@@ -1,0 +1,364 @@
+"""Text to token ids and back, whatever the model's tokenizer is stored in.
+
+    tokenizer = load_tokenizer("bytes")  # or a directory, tokenizer.json, .model or .gguf file
+    ids_L, spans_L2 = tokenizer.encode_with_offsets(text)
+
+Nothing outside this module knows a token id: sentences are mapped to tokens by character spans,
+token classes are read off `token_texts()`. Byte, GGUF and Hugging Face tokenizers all become one
+`tokenizers.Tokenizer`; sentencepiece keeps its own library.
+"""
+
+import abc
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from lrjax.errors import UserError
+
+# How text is cut before byte-pair merging, by a GGUF's `tokenizer.ggml.pre` as llama.cpp reads it.
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_GGUF_PRE_TOKENIZERS = {
+    "gpt-2": _GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
+}
+_GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+_KNOWN_DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+_WORD_START = "\u2581"  # sentencepiece writes a space as this character
+
+
+class Tokenizer(abc.ABC):
+    """What every tokenizer can do."""
+
+    vocab_size: int  # ids are 0 .. vocab_size - 1
+    eos_id: int | None  # None where the tokenizer names no such token
+    bos_id: int | None
+    config: dict  # the content of tokenizer_config.json
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template (the one named "default" where there are several) or None."""
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [L]; nothing is added to the text's own tokens."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int32 [L], and the characters each stands for, int32 [L, 2] as (start, end).
+
+        White space before a token's first other character is left out of its span, so that " The"
+        starts with its T whatever the tokenizer does with spaces. Tokens that share a character
+        all span it.
+
+        Raises:
+            UserError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"text holds the lone surrogate {text[error.start]!r} at character {error.start}: "
+                "only whole Unicode characters can be tokenised"
+            ) from None
+        ids, spans = self._encode(text)
+        ids_L = np.asarray(ids, np.int32)
+        return ids_L, _trim(text, np.asarray(spans, np.int32).reshape(-1, 2))
+
+    def decode(self, ids) -> str:
+        """The text of the ids; special tokens by their names, broken UTF-8 as U+FFFD.
+
+        Raises:
+            UserError: an id outside of the vocabulary.
+        """
+        ids_L = np.asarray(ids, np.int64).reshape(-1)
+        check_ids(ids_L, self.vocab_size, "decode")
+        return self._decode(ids_L.tolist())
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abc.abstractmethod
+    def token_texts(self) -> list[str]:
+        """The text of each id alone, its leading space kept; parts of a character as U+FFFD."""
+
+    @abc.abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write the files that `load_tokenizer(directory)` makes the same tokenizer of."""
+
+    def _save_config(self, directory: Path) -> None:
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+class JsonTokenizer(Tokenizer):
+    """Any tokenizer of the `tokenizers` library, which stores it as tokenizer.json."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict, where: str):
+        # Some published files were saved with the truncation or the padding of a training script.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.config = config
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_id, self.bos_id = (
+            self._id_of(config.get(name), name, where) for name in ("eos_token", "bos_token")
+        )
+
+    def _id_of(self, token: str | dict | None, name: str, where: str) -> int | None:
+        content = token["content"] if isinstance(token, dict) else token
+        if content is None:
+            return None
+        if (index := self._backend.token_to_id(content)) is None:
+            raise UserError(f"{where}: {name} {content!r} is not in the vocabulary")
+        return index
+
+    def _encode(self, text):
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _decode(self, ids):
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def token_texts(self):
+        decoder = json.loads(self._backend.to_str())["decoder"]
+        kinds = {part["type"] for part in (decoder or {}).get("decoders", [decoder]) if part}
+        if unknown := kinds - _KNOWN_DECODERS:
+            raise UserError(
+                f"token texts of the decoder {', '.join(sorted(unknown))} are not known; "
+                f"known are {', '.join(sorted(_KNOWN_DECODERS))}"
+            )
+        surface = _byte_level_text if "ByteLevel" in kinds else _piece_text
+        added = self._backend.get_added_tokens_decoder()
+        texts = [""] * self.vocab_size
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            texts[index] = token if index in added else surface(token)
+        return texts
+
+    def save(self, directory):
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"))
+        self._save_config(directory)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model (tokenizer.model)."""
+
+    def __init__(self, path: Path, config: dict):
+        import sentencepiece
+
+        try:
+            self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _unreadable(path, "a sentencepiece model", error) from error
+        self.config = config
+        self.vocab_size = self._backend.vocab_size()
+        # sentencepiece says -1 for a token the model does without.
+        eos_id, bos_id = self._backend.eos_id(), self._backend.bos_id()
+        self.eos_id = eos_id if eos_id >= 0 else None
+        self.bos_id = bos_id if bos_id >= 0 else None
+
+    def _encode(self, text):
+        mapping = self._backend.encode(text, return_type="offset_mapping")
+        spans_L2 = np.asarray(mapping["offsets"], np.int64).reshape(-1, 2)
+        # Of a character's byte pieces only the last has its span, the others are empty:
+        # all get the same end.
+        starts_L, ends_L = spans_L2.T
+        ends_L = np.where(starts_L < ends_L, ends_L, len(text))
+        ends_L = np.minimum.accumulate(ends_L[::-1])[::-1]
+        return mapping["ids"], np.stack([starts_L, ends_L], axis=1)
+
+    def _decode(self, ids):
+        return self._backend.decode(ids)
+
+    def token_texts(self):
+        return [_piece_text(self._backend.id_to_piece(i)) for i in range(self.vocab_size)]
+
+    def save(self, directory):
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.model").write_bytes(self._backend.serialized_model_proto())
+        self._save_config(directory)
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer of "bytes", a directory, or a .json, .model (sentencepiece) or .gguf file.
+
+    The end and beginning tokens and the chat template come from tokenizer_config.json (and
+    chat_template.jinja) in the same directory, or from the GGUF itself.
+
+    Raises:
+        UserError: nothing of the kind there, or it cannot be read.
+    """
+    if spec == "bytes":
+        return byte_tokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return load_tokenizer(path / name)
+        raise UserError(
+            f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this directory"
+        )
+    if not path.is_file():
+        raise UserError(
+            f'tokenizer {path}: no such file or directory; allowed are "bytes", a directory, '
+            "or a .json, .model or .gguf file"
+        )
+    if path.suffix == ".json":
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise _unreadable(path, "a tokenizer", error) from error
+        return JsonTokenizer(backend, _read_config(path.parent), str(path))
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, _read_config(path.parent))
+    if path.suffix == ".gguf":
+        return _gguf_tokenizer(path)
+    raise UserError(f"tokenizer {path}: the file must end with .json, .model or .gguf")
+
+
+def byte_tokenizer() -> JsonTokenizer:
+    """The 256 bytes of UTF-8, each with its own value as the id, and 256 for the end of a document.
+
+    No text encodes to the end token: it is in the vocabulary, but no merge leads to it.
+    """
+    vocab = {**_byte_level_alphabet(), "<eos>": 256}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return JsonTokenizer(backend, _new_config({"eos_token": "<eos>"}), "bytes")
+
+
+def check_ids(ids, vocab_size: int, where: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Args:
+        ids: integers of any shape.
+        vocab_size: the model's; ids are 0 .. vocab_size - 1.
+        where: what the ids are of (a document's id, a file), for the message.
+
+    Raises:
+        UserError: naming the first such id, its position and `where`.
+    """
+    ids = np.asarray(ids)
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if bad.size:
+        index = np.unravel_index(bad[0], ids.shape)
+        position = ", ".join(str(int(i)) for i in index)
+        raise UserError(
+            f"{where}: token id {ids[index]} at position {position} is outside of the vocabulary, "
+            f"0 to {vocab_size - 1}"
+        )
+
+
+def _gguf_tokenizer(path: Path) -> JsonTokenizer:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise _unreadable(path, "a GGUF", error) from error
+
+    def field(name: str, default=None):
+        found = reader.get_field(name)
+        return default if found is None else found.contents()
+
+    for name, allowed in (
+        ("tokenizer.ggml.model", ["gpt2"]),
+        ("tokenizer.ggml.pre", sorted(_GGUF_PRE_TOKENIZERS)),
+    ):
+        if field(name) not in allowed:
+            raise UserError(f"{path}: {name} is {field(name)!r}; known are {', '.join(allowed)}")
+    tokens = field("tokenizer.ggml.tokens", [])
+    try:
+        model = models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges", [])],
+        )
+    except Exception as error:  # the library raises plain Exception
+        raise _unreadable(path, "a byte-pair vocabulary", error) from error
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = _GGUF_PRE_TOKENIZERS[field("tokenizer.ggml.pre")]
+    backend.decoder = decoders.ByteLevel()
+    types = field("tokenizer.ggml.token_type", [])
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (_GGUF_CONTROL, _GGUF_USER_DEFINED):
+            special = kind == _GGUF_CONTROL
+            backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
+
+    config = {"chat_template": field("tokenizer.chat_template")}
+    for name, short in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        if (index := field(f"tokenizer.ggml.{name}_token_id")) is not None:
+            check_ids([index], len(tokens), f"{path}: tokenizer.ggml.{name}_token_id")
+            config[f"{short}_token"] = tokens[index]
+    if field("tokenizer.ggml.add_bos_token", False) and (bos := config.get("bos_token")):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
+        )
+    return JsonTokenizer(backend, _new_config(config), str(path))
+
+
+def _new_config(entries: dict) -> dict:
+    """A tokenizer_config.json that transformers takes tokenizer.json as it stands with."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return config | {name: value for name, value in entries.items() if value is not None}
+
+
+def _read_config(directory: Path) -> dict:
+    config = {}
+    if (path := directory / "tokenizer_config.json").is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, "JSON", error) from error
+    if (path := directory / "chat_template.jinja").is_file():
+        config["chat_template"] = path.read_text(encoding="utf-8")
+    return config
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path}: cannot be read as {what}: {reason}")
+
+
+def _trim(text: str, spans_L2: np.ndarray) -> np.ndarray:
+    """Spans without the white space they begin with; a span of nothing else stays as it is."""
+    chars = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    values, inverse = np.unique(chars, return_inverse=True)
+    is_space = np.array([chr(value).isspace() for value in values], bool)[inverse]
+    # next_char[i]: the first index from i on that is not white space.
+    index = np.where(is_space, len(text), np.arange(len(text)))
+    next_char = np.append(np.minimum.accumulate(index[::-1])[::-1], len(text)).astype(np.int32)
+    starts_L, ends_L = spans_L2.T
+    trimmed_L = next_char[starts_L]
+    return np.stack([np.where(trimmed_L < ends_L, trimmed_L, starts_L), ends_L], axis=1)
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte: itself where that prints, else 256, 257, ..."""
+    prints = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in prints]
+    chars = [*prints, *range(256, 256 + len(others))]
+    return dict(zip(map(chr, chars), prints + others, strict=True))
+
+
+def _byte_level_text(token: str) -> str:
+    return bytes(map(_byte_level_alphabet().__getitem__, token)).decode("utf-8", errors="replace")
+
+
+def _piece_text(piece: str) -> str:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)]).decode("utf-8", errors="replace")
+    return piece.replace(_WORD_START, " ")
