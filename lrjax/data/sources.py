@@ -240,6 +240,8 @@ def _tfds_rows(rows: Sequence, spec: str) -> _Rows:
             values = rows[row]
         except RuntimeError as error:  # of the ArrayRecord reader
             raise UserError(f"{where}: damaged ({_line(error)})") from error
+        if values["text"] is None:  # what a file that breaks off reads as
+            raise UserError(f"{where}: damaged (its file is not whole); prepare the dataset again")
         return _document(values, f"{spec}#{row}", where)
 
     return _Rows(rows, (), read)
