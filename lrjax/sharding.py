@@ -41,7 +41,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     sizes = dict(sizes or {"fsdp": -1})
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
-        raise UserError(f"config.mesh: unknown axis {unknown[0]!r}; allowed: {', '.join(MESH_AXES)}")
+        raise UserError(
+            f"config.mesh: unknown axis {unknown[0]!r}; allowed: {', '.join(MESH_AXES)}"
+        )
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"config.mesh: {sizes}: sizes are positive, and at most one of them is -1")

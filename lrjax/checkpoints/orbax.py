@@ -76,7 +76,9 @@ def load_model(path, shardings=None):
         try:
             stored = checkpointer.metadata(path / "params").item_metadata.tree
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{path}/params: unreadable checkpoint: {_first_line(error)}") from error
+            raise UserError(
+                f"{path}/params: unreadable checkpoint: {_first_line(error)}"
+            ) from error
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             _checked(stored, config, path),
@@ -85,7 +87,9 @@ def load_model(path, shardings=None):
         try:
             return config, checkpointer.restore(path / "params", target)
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{path}/params: unreadable checkpoint: {_first_line(error)}") from error
+            raise UserError(
+                f"{path}/params: unreadable checkpoint: {_first_line(error)}"
+            ) from error
 
 
 def _checked(stored, config, path):

@@ -49,7 +49,9 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
     # ------------------------------------------------------------------------------- state, sharded
     optimizer = make_optimizer(config)
     param_shardings = shardings_of(params, mesh)
-    params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), param_shardings)
+    params = jax.device_put(
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), param_shardings
+    )
     init = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))
     state = {"params": params, "opt_state": init(params)}
     step_fn = make_train_step(model_config, optimizer, config.micro_batches, mesh)
@@ -141,7 +143,9 @@ def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, me
 
     def weighted_loss(params, micro):
         """Sum of w * ce over the predicted tokens of a micro-batch."""
-        x_BLD = model.apply({"params": params}, micro["tokens"], micro["positions"], micro["segment_ids"])
+        x_BLD = model.apply(
+            {"params": params}, micro["tokens"], micro["positions"], micro["segment_ids"]
+        )
         # Index t predicts token t + 1; weights are given for the token that is predicted.
         targets_BL = jnp.roll(micro["tokens"], -1, axis=1)
         weights_BL = jnp.roll(micro["weights"], -1, axis=1).at[:, -1].set(0.0)

@@ -1,0 +1,51 @@
+"""Any checkpoint by its path: an HF directory, a GGUF file, an lrjax model, or the workdir of a run.
+
+config, params, tokenizer = load("runs/smollm2")          # the newest model of a run
+config, params, tokenizer = load("smollm2")               # the packaged SmolLM2-135M-Instruct
+"""
+
+import pathlib
+
+from lrjax.checkpoints import gguf, huggingface, orbax
+from lrjax.errors import UserError
+
+# What a run's workdir stands for, the most finished first.
+FINISHED = ("merged", "replayed", "base")
+
+
+def load(source):
+    """Reads the model at `source`.
+
+    Returns:
+        `(LlamaConfig, params, tokenizer)`; the tokenizer as `data.tokenizers.load_tokenizer` takes it, None when
+        the checkpoint brings none.
+
+    Raises:
+        UserError: nothing there, or nothing that lrjax can read.
+    """
+    if str(source) == "smollm2":
+        source = gguf.packaged_smollm2()
+    path = pathlib.Path(source)
+    if path.suffix == ".gguf":
+        return (*gguf.load(path), path)
+    if orbax.is_model(path):
+        return (*orbax.load_model(path), _tokenizer_of(path))
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        for name in FINISHED:
+            if orbax.is_model(path / "checkpoints" / name):
+                return load(path / "checkpoints" / name)
+        raise UserError(f"{source}: a run without a finished model yet")
+    if (path / "config.json").is_file():
+        return (*huggingface.load(path), path)
+    raise UserError(
+        f"{source}: no checkpoint there; allowed: a Hugging Face directory, a .gguf file, an lrjax model, "
+        "the workdir of a run, or smollm2"
+    )
+
+
+def _tokenizer_of(path):
+    """A model's own tokenizer, or its run's (workdir/tokenizer beside workdir/checkpoints)."""
+    for folder in (path / "tokenizer", path.parent.parent / "tokenizer"):
+        if folder.is_dir():
+            return folder
+    return None

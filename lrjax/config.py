@@ -1,0 +1,185 @@
+"""Every field of a config, with its default and its meaning; an experiment (`configs/*.py`) changes what it needs.
+
+from lrjax import config as lrjax_config
+
+def get_config(variant=""):
+    config = lrjax_config.default()
+    config.window, config.target_length, config.train_length = 8192, 131072, 39321
+    ...
+    return config.lock()
+"""
+
+from ml_collections import ConfigDict
+
+from lrjax.errors import UserError
+from lrjax.models.rope import paper_theta
+
+
+def training(**changes) -> ConfigDict:
+    """The section of a training stage (a pretraining phase, probe, extend, replay)."""
+    section = ConfigDict(
+        {
+            "steps": 100,
+            "global_batch_size": 8,
+            "micro_batches": 1,  # gradient accumulation: parts that a global batch is worked off in
+            "optimizer": "adamw",  # adamw | muon
+            "learning_rate": 5e-5,
+            "schedule": "constant",  # constant | cosine | linear
+            "warmup_steps": 0,
+            "weight_decay": 0.1,
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip_norm": 1.0,  # 0: no clipping
+            "mark_weight": 1.0,  # loss weight of the tokens that a document marks as known answers
+            "checkpoint_every": 100,
+            "log_every": 10,
+            # Data sources (names in config.data.sources) -> share of the examples, packed to rows at plain
+            # positions. In probe and extend they come beside the long documents, whose share is the rest.
+            "mixture": ConfigDict(),
+        }
+    )
+    for name, value in changes.items():
+        section[name] = ConfigDict(value) if name == "mixture" else value
+    return section
+
+
+def method(selection: str, positions: str, **changes) -> ConfigDict:
+    """A way to extend: which text of a long document, at which positions.
+
+    selection: anchor | digits | score | random | first (`longrecipe/selection.py`), or `at_positions`: the
+        text that lies at the positions drawn (PoSE as published, full length).
+    positions: a name in `longrecipe.positions.TRANSFORMS`, or "" to change the RoPE base and train nothing.
+    """
+    section = ConfigDict(
+        {
+            "selection": selection,
+            "positions": positions,
+            "steps": -1,  # -1: as config.extend
+            "global_batch_size": -1,
+        }
+    )
+    section.update(changes)
+    return section
+
+
+def default() -> ConfigDict:
+    """The config that every experiment starts from."""
+    config = ConfigDict()
+    config.name = ""
+    config.seed = 0
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})  # -1: all the rest
+
+    # The base: a checkpoint (HF directory, GGUF file, lrjax model, "smollm2" for the packaged one), or "" to
+    # pretrain one of this shape (vocab_size 0: the tokenizer's) with the phases in config.pretrain.
+    config.model = ConfigDict(
+        {
+            "source": "",
+            "dtype": "bfloat16",  # of the computation; parameters are float32
+            "remat": "none",  # models.llama.REMAT_POLICIES
+            "attention": "auto",  # models.attention.IMPLEMENTATIONS
+            "shape": ConfigDict(
+                {
+                    "vocab_size": 0, "num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2,
+                    "head_dim": 16, "mlp_dim": 128, "rope_theta": 10000.0, "tie_embeddings": True,
+                }
+            ),
+        }
+    )  # fmt: skip
+    config.tokenizer = (
+        ""  # "": the one that comes with the model; else see data.tokenizers.load_tokenizer
+    )
+
+    # Windows, in tokens: what the base was trained for, the target, and the length trained at (30 % of it).
+    config.window = 8192
+    config.target_length = 131072
+    config.train_length = 39321
+    config.rope_theta = (
+        0.0  # of every extended model; 0: the paper's rule from the base and the two windows
+    )
+
+    config.data = ConfigDict(
+        {
+            "prepare": "",  # module with prepare(out_dir, seed=..., **prepare_args) -> {name: path}, or ""
+            "prepare_args": ConfigDict(),
+            "sources": ConfigDict(),  # name -> source (data.sources.open_source), beside what prepare makes
+            "long": "long",  # the source of long documents: scored, selected from, trained on
+            "source_length": 0,  # long documents are cut to samples of so many tokens; 0: target_length
+            "samples": 0,  # use so many samples; 0: all
+            # A document that cannot serve (no sentence end, shorter than the budget): error | skip (logged)
+            "bad_document": "error",
+        }
+    )
+
+    config.pretrain = ConfigDict()  # phases by name, run in alphabetical order; each with a length
+    config.probe = training(steps=20)  # the short extension that scoring compares the base with
+    config.probe.method = method("first", "longrecipe")
+    config.score = ConfigDict({"samples": 0, "length": 0, "batch_size": 1})  # 0: all, source_length
+    config.analyse = ConfigDict({"top_fraction": 0.2, "min_lift": 1.2})
+    config.methods = ConfigDict()  # name -> method(...), all extended at equal tokens
+    config.method = "longrecipe"  # the one that replay and merge go on with
+    config.extend = training(steps=104, global_batch_size=96)
+    config.replay = training(steps=50, global_batch_size=96, learning_rate=5e-6)
+    config.replay.length = 0  # tokens in a row; 0: window
+    config.merge = ConfigDict(
+        {"base_weight": 0.5, "curve": ()}
+    )  # curve: more base weights to evaluate
+
+    config.evaluate = ConfigDict(
+        {
+            "checkpoints": (),  # names; () is every one there is
+            "niah": ConfigDict(
+                {
+                    "lengths": (),  # () leaves the task out
+                    "depths": (0.1, 0.3, 0.5, 0.7, 0.9),
+                    "samples_per_cell": 1,
+                    "haystack": "",  # a data source
+                    "needle": "The pass key is {value}. Remember it. {value} is the pass key.",
+                    "question": "What is the pass key? The pass key is ",
+                    "keys": (),
+                    "values": (),  # () draws five-digit numbers
+                    "distractors": 0,
+                    "batch_size": 1,
+                }
+            ),
+            "perplexity": ConfigDict({"source": "", "length": 0, "documents": 8, "buckets": ()}),
+            # Loss in the original window on data sources, to see what was forgotten: name -> source
+            "short": ConfigDict({"sources": ConfigDict(), "documents": 64}),
+        }
+    )
+    return config
+
+
+def extended_theta(config, base_theta: float, head_dim: int) -> float:
+    """The RoPE base of the extended models: config.rope_theta, or the paper's rule with f = target / window."""
+    if config.rope_theta:
+        return config.rope_theta
+    return paper_theta(base_theta, config.target_length / config.window, head_dim)
+
+
+def check(config) -> None:
+    """Raises `UserError` for values that cannot work together, before anything is computed."""
+    if config.train_length > config.target_length:
+        raise UserError(
+            f"config.train_length {config.train_length} is over config.target_length {config.target_length}; "
+            "allowed: at most the target"
+        )
+    if config.window > config.target_length:
+        raise UserError(
+            f"config.window {config.window} is over config.target_length {config.target_length}; "
+            "allowed: at most the target"
+        )
+    for field in ("window", "target_length", "train_length"):
+        if config[field] < 2:
+            raise UserError(f"config.{field} {config[field]}: allowed: 2 tokens and more")
+    if config.data.bad_document not in ("error", "skip"):
+        raise UserError(
+            f"config.data.bad_document {config.data.bad_document!r}: allowed: error, skip"
+        )
+    if config.methods and config.method not in config.methods:
+        raise UserError(
+            f"config.method {config.method!r} is none of config.methods: {', '.join(config.methods)}"
+        )
+    if not 0 <= config.merge.base_weight <= 1:
+        raise UserError(
+            f"config.merge.base_weight {config.merge.base_weight}: allowed: from 0 to 1"
+        )

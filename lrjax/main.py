@@ -1,0 +1,60 @@
+"""Runs the recipe: `python -m lrjax.main --config=configs/NAME.py[:variant] --workdir=DIR [--stages=a,b]`.
+
+Fields of the config are set with `--config.field=value`. A run that was stopped goes on with the same command.
+A mistake ends with one line on standard error and exit code 2.
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lrjax import recipe
+from lrjax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, configs/NAME.py[:variant]."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it is not there.")
+_STAGES = flags.DEFINE_list("stages", [], f"Only these stages: {', '.join(recipe.STAGES)}.")
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help")
+    for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
+        if value is None:
+            raise UserError(f"--{flag} is missing; see --help")
+    recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
+
+
+def parse_flags(argv):
+    """absl's flags, with a mistake in them told in one line (a config file's own bugs keep their traceback)."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except (AttributeError, KeyError) as error:
+        # ml_collections raises these for a field or a variant that the config does not have.
+        raise UserError(_one_line(error)) from error
+    except (OSError, TypeError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error.args[0]) if error.args else str(error)
+    return " ".join(message.split())
+
+
+def run_program(main_function, parse=parse_flags) -> None:
+    """Runs a command-line program: a `UserError` is one line and exit code 2."""
+    try:
+        app.run(main_function, flags_parser=parse)
+    except UserError as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    run_program(main)

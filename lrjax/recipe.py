@@ -1,0 +1,380 @@
+"""LongRecipe from end to end: the stages in order, what each reads and writes, and how a run goes on.
+
+    import   tokenizer/, documents/long.array_record, checkpoints/base    the base, read or pretrained
+    probe    checkpoints/probe                                           H': the base after a short extension
+    score    scores/long.array_record                                    logit change of every token, base -> H'
+    analyse  scores/analysis.json                                        significance, top 20 %, anchor classes
+    select   selected/METHOD.array_record                                the sentences that a method keeps
+    extend   checkpoints/METHOD                                          every method, at equal tokens
+    replay   checkpoints/replayed                                        pretraining-like data, plain positions
+    merge    checkpoints/merged                                          average with the base
+    evaluate evaluation/CHECKPOINT/TASK.json
+    report   report/index.html, report/summary.json
+
+Each stage is a function `stage(config, workdir)` and is skipped when it is complete (`workdir.py`), so the same call
+goes on after a stop.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from lrjax import assessment, examples, summary
+from lrjax import config as config_lib
+from lrjax import workdir as wd
+from lrjax.checkpoints import loading, orbax
+from lrjax.data.records import write_records
+from lrjax.data.tokenizers import load_tokenizer
+from lrjax.errors import UserError
+from lrjax.longrecipe import impact, merging, scoring, selection
+from lrjax.models.flops import forward_flops
+from lrjax.models.llama import LlamaConfig, init_params
+from lrjax.run import (
+    checkpoint,
+    data_paths,
+    load_checkpoint,
+    mixture,
+    open_data,
+    open_mesh,
+    open_tokenizer,
+    run_config,
+)
+from lrjax.training.loop import train
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def run(config, workdir, only=()) -> None:
+    """Runs the stages (all, or those named) that are not complete yet.
+
+    Raises `UserError` for a config that cannot work, a workdir of another config, an unknown stage.
+    """
+    unknown = [name for name in only if name not in STAGES]
+    if unknown:
+        raise UserError(f"--stages: unknown stage {unknown[0]!r}; allowed: {', '.join(STAGES)}")
+    config_lib.check(config)
+    workdir = pathlib.Path(workdir)
+    wd.claim(workdir, config)
+    for name in only or STAGES:
+        if wd.is_complete(workdir, name):
+            logging.info("%s: complete", name)
+            continue
+        logging.info("%s: starting", name)
+        start = time.perf_counter()
+        facts = STAGES[name](config, workdir) or {}
+        facts = {"seconds": round(time.perf_counter() - start, 3), "tokens": 0, "flops": 0} | facts
+        wd.mark_complete(workdir, name, facts)
+        logging.info("%s: done in %.1f s", name, facts["seconds"])
+
+
+# ------------------------------------------------------------------------------------------- import
+
+
+def import_base(config, workdir):
+    """Prepares the texts and the tokenizer, and reads or pretrains the base."""
+    if config.data.prepare and not (workdir / "data" / "sources.json").exists():
+        module = importlib.import_module(config.data.prepare)
+        paths = module.prepare(workdir / "data", seed=config.seed, **config.data.prepare_args)
+        relative = {
+            name: str(pathlib.Path(path).relative_to(workdir)) for name, path in paths.items()
+        }
+        wd.write_json(workdir / "data" / "sources.json", relative)
+
+    loaded = None
+    if config.model.source:
+        loaded = loading.load(config.model.source)
+    _import_tokenizer(config, workdir, loaded[2] if loaded else None)
+    tokenizer = open_tokenizer(workdir)
+
+    documents_file = workdir / "documents" / "long.array_record"
+    if not documents_file.exists():
+        count = examples.write_long_documents(
+            documents_file, open_data(config, workdir, config.data.long), tokenizer,
+            source_length=config.data.source_length or config.target_length,
+            samples=config.data.samples, budget=config.train_length, bad=config.data.bad_document,
+        )  # fmt: skip
+        logging.info("import: %d long samples", count)
+
+    if orbax.is_model(checkpoint(workdir, "base")):
+        return None
+    if loaded:
+        model_config, params, _ = loaded
+        if tokenizer.vocab_size > model_config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.source!r} "
+                f"{model_config.vocab_size}; allowed: at most the model's"
+            )
+        orbax.save_model(checkpoint(workdir, "base"), model_config, params)
+        return None
+    return _pretrain(config, workdir, tokenizer)
+
+
+def _import_tokenizer(config, workdir, of_model) -> None:
+    folder = workdir / "tokenizer"
+    if folder.exists():
+        return
+    # A prepare module may bring the tokenizer of its texts: the source named "tokenizer".
+    own = data_paths(config, workdir).get("tokenizer")
+    spec = config.tokenizer or of_model or own
+    if not spec:
+        raise UserError(
+            "config.tokenizer is empty and the model brings none; allowed: a path, or bytes"
+        )
+    load_tokenizer(spec).save(folder)
+
+
+def _pretrain(config, workdir, tokenizer):
+    """A base from nothing: the phases of config.pretrain, one after the other."""
+    if not config.pretrain:
+        raise UserError(
+            "config.model.source is empty and config.pretrain has no phase; set one of them"
+        )
+    shape = config.model.shape
+    model_config = LlamaConfig(
+        **{**shape, "vocab_size": shape.vocab_size or tokenizer.vocab_size},
+        max_position_embeddings=config.window,
+    )
+    params = init_params(model_config, jax.random.key(config.seed))
+    total = {"tokens": 0, "flops": 0}
+    for name in sorted(config.pretrain):
+        phase = config.pretrain[name]
+        stage = f"pretrain_{name}"
+        if orbax.is_model(checkpoint(workdir, stage)):
+            model_config, params = orbax.load_model(checkpoint(workdir, stage))
+            continue
+        params, facts = _train(
+            config, workdir, stage, (model_config, params), phase,
+            mixture(config, workdir, phase, phase.length), phase.length,
+        )  # fmt: skip
+        total = {key: total[key] + facts[key] for key in total}
+    orbax.save_model(checkpoint(workdir, "base"), model_config, params)
+    return total
+
+
+# ------------------------------------------------------------------------------------------- training stages
+
+
+def _train(config, workdir, stage, model, section, components, length):
+    """Trains with the run's numerics and saves the model of a stage."""
+    model_config, params = model
+    params, facts = train(
+        section, workdir, stage=stage, model=(run_config(config, model_config), params),
+        components=components, seed=config.seed, mesh=open_mesh(config), length=length,
+    )  # fmt: skip
+    orbax.save_model(checkpoint(workdir, stage), model_config, params, about={"stage": stage})
+    orbax.remove_steps(checkpoint(workdir, stage))
+    return params, facts
+
+
+def _extend(config, workdir, stage, method, section):
+    """The base with the raised RoPE base, trained with one method: `probe` and every entry of `methods`."""
+    model_config, params = load_checkpoint(config, workdir, "base")
+    extended = dataclasses.replace(
+        model_config,
+        rope_theta=config_lib.extended_theta(
+            config, model_config.rope_theta, model_config.head_dim
+        ),
+        max_position_embeddings=config.target_length,
+    )
+    if not method.positions:
+        orbax.save_model(checkpoint(workdir, stage), extended, params, about={"stage": stage})
+        return {"tokens": 0, "flops": 0}
+    section = section.copy_and_resolve_references()
+    with section.unlocked():
+        for field in ("steps", "global_batch_size"):
+            if method[field] >= 0:
+                section[field] = method[field]
+    from_source = method.selection == "at_positions"
+    length = config.target_length if method.positions == "full" else config.train_length
+    file = "documents/long" if from_source else f"selected/{stage}"
+    share = 1.0 - sum(section.mixture.values())
+    component = examples.placed_component(
+        examples.open_records(workdir / f"{file}.array_record"), method.positions, config.target_length,
+        train_length=length, from_source=from_source, weight=share,
+    )  # fmt: skip
+    components = [component, *mixture(config, workdir, section, length)]
+    _, facts = _train(config, workdir, stage, (extended, params), section, components, length)
+    return facts
+
+
+def probe(config, workdir):
+    """H': the base after a short extension, on text chosen without scores."""
+    _write_selection(config, workdir, "probe", config.probe.method, analysis=None)
+    return _extend(config, workdir, "probe", config.probe.method, config.probe)
+
+
+def extend(config, workdir):
+    """Every method of the config, from the same base."""
+    total = {"tokens": 0, "flops": 0, "methods": {}}
+    for name in config.methods:
+        if wd.is_complete(workdir, f"extend-{name}"):
+            facts = wd.read_json(workdir / "stages" / f"extend-{name}.json")
+        else:
+            start = time.perf_counter()
+            facts = _extend(config, workdir, name, config.methods[name], config.extend)
+            facts["seconds"] = round(time.perf_counter() - start, 3)
+            wd.mark_complete(workdir, f"extend-{name}", facts)
+        total["methods"][name] = facts
+        for key in ("tokens", "flops"):
+            total[key] += facts[key]
+    return total
+
+
+def replay(config, workdir):
+    """Pretraining-like data at plain positions on the extended model."""
+    model = load_checkpoint(config, workdir, config.method)
+    length = config.replay.length or config.window
+    components = mixture(config, workdir, config.replay, length)
+    _, facts = _train(config, workdir, "replayed", model, config.replay, components, length)
+    return facts
+
+
+def merge(config, workdir):
+    """The replayed model averaged with the base; the result carries the extended RoPE base."""
+    base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
+    weight = config.merge.base_weight
+    merging.merge(
+        {base: weight, replayed: 1 - weight}, out=checkpoint(workdir, "merged"), rope_from=replayed
+    )
+
+
+# ------------------------------------------------------------------------------------------- score, analyse, select
+
+
+def score(config, workdir):
+    """The change of every token's logit from the base to the probe, on the long samples at plain positions."""
+    base_config, base = load_checkpoint(config, workdir, "base")
+    probe_config, extended = load_checkpoint(config, workdir, "probe")
+    scorer = scoring.make_scorer(base_config, probe_config)
+    documents = examples.open_records(workdir / "documents" / "long.array_record")
+    count = min(config.score.samples or len(documents), len(documents))
+    length = config.score.length or config.data.source_length or config.target_length
+    batch_size = config.score.batch_size
+
+    def rows():
+        for start in range(0, count, batch_size):
+            batch = [documents[index] for index in range(start, min(start + batch_size, count))]
+            # A short batch or document is filled up with padding (segment 0), which is cut off again.
+            tokens = np.zeros((batch_size, length), np.int32)
+            segment_ids = np.zeros((batch_size, length), np.int32)
+            for row, record in enumerate(batch):
+                ids = record["tokens"][:length]
+                tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+            positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+            scores = jax.device_get(scorer(base, extended, tokens, positions, segment_ids))
+            for row, record in enumerate(batch):
+                used = min(len(record["tokens"]), length)
+                yield {"id": record["id"]} | {
+                    name: values[row, : used - 1] for name, values in scores.items()
+                }
+            logging.info("score: %d of %d samples", min(start + batch_size, count), count)
+
+    write_records(workdir / "scores" / "long.array_record", rows())
+    return {
+        "tokens": count * length,
+        "flops": 2 * forward_flops(base_config, count, length),
+    }
+
+
+def analyse(config, workdir):
+    """Significance, the top fraction at each position, and the classes over-represented in it."""
+    tokenizer = open_tokenizer(workdir)
+    documents = examples.open_records(workdir / "documents" / "long.array_record")
+    scores = examples.open_records(workdir / "scores" / "long.array_record")
+    records = [documents.by_id(record["id"]) for record in scores]
+    length = max(len(record["delta_logit"]) for record in scores)
+    analysis = impact.analyse(
+        delta_NL=impact.stack([record["delta_logit"] for record in scores], length),
+        classes_NL=impact.stack_classes(
+            [record["tokens"][1:] for record in records], tokenizer.token_texts(), length
+        ),
+        marks_NL=impact.stack([record["marks"][1:] for record in records], length),
+        top_fraction=config.analyse.top_fraction,
+        min_lift=config.analyse.min_lift,
+    )
+    wd.write_json(workdir / "scores" / "analysis.json", analysis)
+
+
+def select(config, workdir):
+    """For every method, the sentences it keeps of each long sample, to exactly the training length."""
+    analysis = wd.read_json(workdir / "scores" / "analysis.json")
+    for name in config.methods:
+        method = config.methods[name]
+        if method.positions and method.selection != "at_positions":
+            _write_selection(config, workdir, name, method, analysis)
+
+
+def _write_selection(config, workdir, name, method, analysis) -> None:
+    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index}."""
+    if method.selection == "at_positions":
+        return
+    documents = examples.open_records(workdir / "documents" / "long.array_record")
+    texts = open_tokenizer(workdir).token_texts()
+    table = impact.token_classes(texts)
+    anchors = None
+    if method.selection == "anchor":
+        if not analysis["anchors"]:
+            raise UserError(
+                f"methods.{name}: selection 'anchor' has nothing to hold on to: {analysis['flat']}"
+            )
+        anchors = np.isin(table, [impact.CLASS_NAMES.index(a) for a in analysis["anchors"]])
+    digits = np.asarray([any(c.isdigit() for c in text) for text in texts])
+    scores = None
+    if method.selection == "score":
+        scores = examples.open_records(workdir / "scores" / "long.array_record")
+
+    def rows():
+        for record in documents:
+            tokens = record["tokens"]
+            delta = None
+            if scores is not None:
+                delta = _delta_of(scores, record)
+            kept = selection.select(
+                method.selection, record["segment_lengths"], config.train_length,
+                rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
+                anchor_mask_L=None if anchors is None else anchors[tokens],
+                digit_mask_L=digits[tokens], delta_L=delta,
+            )  # fmt: skip
+            yield {
+                "id": record["id"],
+                "tokens": tokens[kept.token_index],
+                "segment_lengths": kept.segment_lengths,
+                "marks": record["marks"][kept.token_index],
+                "token_index": kept.token_index,
+            }
+
+    write_records(workdir / "selected" / f"{name}.array_record", rows())
+
+
+def _delta_of(scores, record):
+    """The logit change of a whole sample; its first token is predicted by nothing and has none."""
+    if record["id"] not in scores.ids:
+        raise UserError(
+            f"selection 'score': sample {record['id']!r} has no scores; set config.score.samples=0 (all)"
+        )
+    delta = scores.by_id(record["id"])["delta_logit"]
+    if len(delta) + 1 != len(record["tokens"]):
+        raise UserError(
+            f"selection 'score': sample {record['id']!r} has {len(record['tokens'])} tokens, of which "
+            f"{len(delta) + 1} are scored; set config.score.length=0 (all)"
+        )
+    return np.concatenate([[0.0], delta]).astype(np.float32)
+
+
+STAGES = {
+    "import": import_base,
+    "probe": probe,
+    "score": score,
+    "analyse": analyse,
+    "select": select,
+    "extend": extend,
+    "replay": replay,
+    "merge": merge,
+    "evaluate": assessment.evaluate,
+    "report": summary.report,
+}

@@ -1,0 +1,73 @@
+"""What the stages of a run share: its checkpoints, mesh, tokenizer and data, found by name."""
+
+import dataclasses
+import pathlib
+
+from lrjax import examples, sharding
+from lrjax import workdir as wd
+from lrjax.checkpoints import orbax
+from lrjax.data.sources import open_source
+from lrjax.data.tokenizers import load_tokenizer
+from lrjax.errors import UserError
+from lrjax.models.llama import LlamaConfig, abstract_params
+from lrjax.training.loop import shardings_of
+
+
+def checkpoint(workdir, name: str) -> pathlib.Path:
+    return pathlib.Path(workdir) / "checkpoints" / name
+
+
+def open_mesh(config):
+    return sharding.make_mesh(config.mesh.to_dict())
+
+
+def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
+    """A checkpoint's config with the numerics of this run."""
+    model = config.model
+    return dataclasses.replace(
+        model_config, dtype=model.dtype, remat=model.remat, attention=model.attention
+    )
+
+
+def load_checkpoint(config, workdir, name: str):
+    """`(LlamaConfig, params)` of a checkpoint of the run, laid out on its mesh."""
+    path = checkpoint(workdir, name)
+    if not orbax.is_model(path):
+        raise UserError(f"{path}: not there; run the stages before this one first")
+    model_config = orbax.load_config(path)
+    shardings = shardings_of(abstract_params(model_config), open_mesh(config))
+    model_config, params = orbax.load_model(path, shardings)
+    return run_config(config, model_config), params
+
+
+def open_tokenizer(workdir):
+    return load_tokenizer(workdir / "tokenizer")
+
+
+def data_paths(config, workdir) -> dict:
+    """Data sources by name: what the prepare module wrote, and those that the config names."""
+    prepared = workdir / "data" / "sources.json"
+    paths = {}
+    if prepared.exists():
+        paths = {name: str(workdir / path) for name, path in wd.read_json(prepared).items()}
+    return paths | dict(config.data.sources)
+
+
+def open_data(config, workdir, name: str):
+    paths = data_paths(config, workdir)
+    if name not in paths:
+        raise UserError(
+            f"data source {name!r} is not in config.data.sources; there are: {', '.join(paths)}"
+        )
+    return open_source(paths[name])
+
+
+def mixture(config, workdir, section, length: int):
+    """The packed data sources that a training section mixes in."""
+    tokenizer = open_tokenizer(workdir)
+    return [
+        examples.packed_component(
+            open_data(config, workdir, name), tokenizer, length, share, section.mark_weight
+        )
+        for name, share in section.mixture.items()
+    ]
