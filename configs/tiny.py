@@ -14,6 +14,8 @@ positions), and the same positions over sentences chosen by score, at random, or
 
 from lrjax import config as lrjax_config
 from lrjax.config import method, training
+from lrjax.data import keyfacts
+from lrjax.errors import UserError
 
 WINDOW, TARGET, LENGTH = 64, 512, 154
 
@@ -30,12 +32,20 @@ def get_config(variant: str = ""):
     config.data.long = "sources"
 
     config.model.dtype = "float32"
-    config.model.shape.update(rope_theta=100.0)
+    config.model.shape = {
+        "num_layers": 2,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "mlp_dim": 128,
+        "rope_theta": 100.0,
+    }
 
     pretrain = {
         "optimizer": "muon",
-        "global_batch_size": 32,
-        "learning_rate": 1e-2,
+        "global_batch_size": 64,
+        "learning_rate": 2e-2,
         "weight_decay": 0.0,
         "steps": 500,
         "warmup_steps": 20,
@@ -44,7 +54,7 @@ def get_config(variant: str = ""):
         "checkpoint_every": 250,
     }
     # Without random words that repeat, looking back (induction) does not appear in so few steps.
-    config.pretrain.a_periodic = training(**pretrain, mixture={"periodic": 1.0})
+    config.pretrain.a_periodic = training(**pretrain, mark_weight=10.0, mixture={"periodic": 1.0})
     config.pretrain.a_periodic.length = WINDOW
     config.pretrain.b_language = training(
         **pretrain, mark_weight=5.0, mixture={"facts": 0.6, "dialect": 0.2, "copy": 0.2}
@@ -91,9 +101,10 @@ def get_config(variant: str = ""):
         haystack="haystack",
         needle="key {key} {value} .",
         question="key {key}",
-        keys="names",
-        values="numbers",
+        keys=keyfacts.NAMES,
+        values=keyfacts.NUMBERS,
         distractors=3,
+        fast=True,
         batch_size=50,
     )
     config.evaluate.perplexity.update(
@@ -105,6 +116,26 @@ def get_config(variant: str = ""):
         "copy": "test_copy",
     }
     if variant == "quick":
-        # Every stage in seconds, for tests: the figures mean nothing.
-        raise NotImplementedError
+        _make_quick(config)
+    elif variant:
+        raise UserError(f"configs/tiny.py: variant {variant!r}; allowed: none, quick")
     return config.lock()
+
+
+def _make_quick(config):
+    """Every stage in seconds, for tests; its figures mean nothing."""
+    config.data.prepare_args.counts = {
+        "periodic": 100, "facts": 100, "dialect": 50, "copy": 50, "sources": 40, "replay_facts": 40,
+        "replay_dialect": 40, "replay_copy": 40, "haystack": 10, "test_sources": 10, "test_facts": 10,
+        "test_dialect": 10, "test_copy": 10,
+    }  # fmt: skip
+    sections = [config.probe, config.extend, config.replay, *config.pretrain.values()]
+    for section in sections:
+        section.update(steps=6, log_every=1, checkpoint_every=2, warmup_steps=2)
+    for name in ("rpes", "pose", "full", "longrecipe_random", "longrecipe_first"):
+        del config.methods[name]
+    config.merge.curve = (0.5,)
+    config.analyse.min_lift = 0.0
+    config.evaluate.niah.update(lengths=(64, 512), depths=(0.2, 0.8), samples_per_cell=2)
+    config.evaluate.perplexity.documents = 4
+    config.evaluate.short.documents = 4

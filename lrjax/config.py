@@ -70,21 +70,17 @@ def default() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})  # -1: all the rest
 
     # The base: a checkpoint (HF directory, GGUF file, lrjax model, "smollm2" for the packaged one), or "" to
-    # pretrain one of this shape (vocab_size 0: the tokenizer's) with the phases in config.pretrain.
+    # pretrain one with the phases in config.pretrain. `shape` holds fields of models.llama.LlamaConfig: those of
+    # the model to pretrain, or what a checkpoint has to have.
     config.model = ConfigDict(
         {
             "source": "",
             "dtype": "bfloat16",  # of the computation; parameters are float32
             "remat": "none",  # models.llama.REMAT_POLICIES
             "attention": "auto",  # models.attention.IMPLEMENTATIONS
-            "shape": ConfigDict(
-                {
-                    "vocab_size": 0, "num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2,
-                    "head_dim": 16, "mlp_dim": 128, "rope_theta": 10000.0, "tie_embeddings": True,
-                }
-            ),
+            "shape": ConfigDict(),
         }
-    )  # fmt: skip
+    )
     config.tokenizer = (
         ""  # "": the one that comes with the model; else see data.tokenizers.load_tokenizer
     )
@@ -138,12 +134,13 @@ def default() -> ConfigDict:
                     "keys": (),
                     "values": (),  # () draws five-digit numbers
                     "distractors": 0,
+                    "fast": False,  # one forward pass instead of generation through the cache
                     "batch_size": 1,
                 }
             ),
             "perplexity": ConfigDict({"source": "", "length": 0, "documents": 8, "buckets": ()}),
             # Loss in the original window on data sources, to see what was forgotten: name -> source
-            "short": ConfigDict({"sources": ConfigDict(), "documents": 64}),
+            "short": ConfigDict({"sources": ConfigDict(), "documents": 64, "length": 0}),  # 0: window
         }
     )
     return config

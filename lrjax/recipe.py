@@ -85,9 +85,7 @@ def import_base(config, workdir):
         }
         wd.write_json(workdir / "data" / "sources.json", relative)
 
-    loaded = None
-    if config.model.source:
-        loaded = loading.load(config.model.source)
+    loaded = _load_source(config) if config.model.source else None
     _import_tokenizer(config, workdir, loaded[2] if loaded else None)
     tokenizer = open_tokenizer(workdir)
 
@@ -114,6 +112,18 @@ def import_base(config, workdir):
     return _pretrain(config, workdir, tokenizer)
 
 
+def _load_source(config):
+    """The checkpoint that the config names, after a look at its shape."""
+    loaded = loading.load(config.model.source)
+    for field, expected in config.model.shape.items():
+        if (found := getattr(loaded[0], field)) != expected:
+            raise UserError(
+                f"config.model.source {config.model.source!r} has {field} {found}, "
+                f"config.model.shape.{field} says {expected}"
+            )
+    return loaded
+
+
 def _import_tokenizer(config, workdir, of_model) -> None:
     folder = workdir / "tokenizer"
     if folder.exists():
@@ -134,9 +144,9 @@ def _pretrain(config, workdir, tokenizer):
         raise UserError(
             "config.model.source is empty and config.pretrain has no phase; set one of them"
         )
-    shape = config.model.shape
     model_config = LlamaConfig(
-        **{**shape, "vocab_size": shape.vocab_size or tokenizer.vocab_size},
+        **config.model.shape,
+        vocab_size=tokenizer.vocab_size,
         max_position_embeddings=config.window,
     )
     params = init_params(model_config, jax.random.key(config.seed))

@@ -54,7 +54,9 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
     )
     init = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))
     state = {"params": params, "opt_state": init(params)}
-    step_fn = make_train_step(model_config, optimizer, config.micro_batches, mesh)
+    step_fn = make_train_step(
+        model_config, optimizer, config.micro_batches, jax.tree.map(lambda x: x.sharding, state)
+    )
 
     # ------------------------------------------------------------------------------- resume
     checkpoints = StepCheckpoints(workdir / "checkpoints" / stage / "steps")
@@ -137,8 +139,11 @@ def _optimizer_shardings(optimizer, params, mesh):
     )
 
 
-def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, mesh):
-    """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are reused."""
+def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None):
+    """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are reused.
+
+    `state_shardings` holds the new state where the old one lay; without it the compiler chooses.
+    """
     model = Llama(model_config)
 
     def weighted_loss(params, micro):
@@ -179,10 +184,10 @@ def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, me
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "loss_weight": total_weight,
         }
         return {"params": params, "opt_state": opt_state}, metrics
 
-    with mesh:
-        return jax.jit(train_step, donate_argnums=0)
+    out_shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

@@ -1,0 +1,66 @@
+"""Llama-3-8B-Instruct from 8k to 128k with the settings of the LongRecipe paper (arXiv 2409.00509).
+
+    python -m lrjax.main --config=configs/llama8b_128k.py --workdir=gs://... or /a/shared/disk/run
+
+Needs, beside the checkpoint in checkpoints/Meta-Llama-3-8B-Instruct (safetensors, tokenizer.json):
+data/long: long documents of about 128k tokens (the paper: 10,000 of a length-upsampled SlimPajama) and
+data/replay: instruction data like the base's (the paper: evol-instruct-70k and Magicoder-OSS-75k), as parquet, jsonl,
+txt, ArrayRecord or any TFDS source.
+
+The paper's machine: 2 x H100 for 20 hours. Its results for this setting (NIAH(M) / RULER / LongBench): LongRecipe
+82.6 / 76.0 / 25.5, PoSE 80.1 / 75.3 / 26.7, full length 73.2 / 75.8 / 26.4. This config has been compiled for shapes
+and never been run at this size by us.
+"""
+
+from lrjax import config as lrjax_config
+from lrjax.config import method, training
+from lrjax.errors import UserError
+
+
+def get_config(variant: str = ""):
+    config = lrjax_config.default()
+    config.name = "llama8b_128k"
+    config.model.source = "checkpoints/Meta-Llama-3-8B-Instruct"
+    config.model.remat = "full"
+    config.model.shape = {
+        "vocab_size": 128256,
+        "num_layers": 32,
+        "embed_dim": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "mlp_dim": 14336,
+        "rope_theta": 500000.0,
+    }
+    config.window = 8192
+    config.target_length = 131072
+    config.train_length = 39321  # 30 %
+    config.rope_theta = 0.0  # the paper's rule: 131.5M
+
+    config.data.sources = {"long": "data/long/*.parquet", "replay": "data/replay/*.jsonl"}
+    config.data.bad_document = "skip"
+
+    # 96 x 104 examples of 39,321 tokens: 384M tokens.
+    paper = {"global_batch_size": 96, "learning_rate": 5e-5, "weight_decay": 0.1, "b2": 0.999}
+    config.probe = training(**paper, steps=10)
+    config.probe.method = method("random", "longrecipe")
+    config.score.samples = 1000
+    config.extend = training(**paper, steps=104, checkpoint_every=20, log_every=1)
+    config.methods = {
+        "raised_theta": method("first", ""),
+        "longrecipe": method("anchor", "longrecipe"),
+    }
+    if variant == "baselines":
+        config.methods.update(
+            contiguous=method("first", "contiguous"),
+            rpes=method("first", "rpes"),
+            pose=method("at_positions", "pose"),
+            full=method("at_positions", "full"),
+        )
+    elif variant:
+        raise UserError(f"configs/llama8b_128k.py: variant {variant!r}; allowed: none, baselines")
+    config.replay = training(
+        **{**paper, "learning_rate": 5e-6}, steps=86, mixture={"replay": 1.0}, log_every=1
+    )
+    config.merge.base_weight = 0.5
+    return config.lock()

@@ -1,0 +1,91 @@
+"""Every config in the repository is instantiated, checked, and its training step traced for shapes."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lrjax import config as config_lib
+from lrjax.errors import UserError
+from lrjax.models.llama import LlamaConfig, abstract_params
+from lrjax.training.loop import make_train_step
+from lrjax.training.optimizer import make_optimizer
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+VARIANTS = {"tiny": ("", "quick"), "smollm2_135m": ("", "quick"), "llama8b_128k": ("", "baselines")}
+
+
+def get_config(path, variant=""):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+CASES = [(path, variant) for path in CONFIGS for variant in VARIANTS[path.stem]]
+CASE_IDS = [f"{path.stem}:{variant}" for path, variant in CASES]
+
+
+@pytest.mark.parametrize(("path", "variant"), CASES, ids=CASE_IDS)
+def test_config_is_locked_and_consistent(path, variant):
+    config = get_config(path, variant)
+    config_lib.check(config)
+    assert config.is_locked
+    assert config.name == path.stem
+    for method in config.methods.values():
+        assert set(method) == set(config_lib.method("first", ""))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_unknown_variant_is_refused(path):
+    with pytest.raises(UserError, match="variant 'nonsense'; allowed"):
+        get_config(path, "nonsense")
+
+
+def test_llama8b_train_step_shapes():
+    """The 8B extension step, traced at its real size without computing anything."""
+    config = get_config(pathlib.Path("configs/llama8b_128k.py").absolute())
+    assert config.train_length == int(0.3 * config.target_length)
+    assert config.extend.steps * config.extend.global_batch_size == 104 * 96
+    shape = dict(config.model.shape)
+    theta = config_lib.extended_theta(config, shape["rope_theta"], shape["head_dim"])
+    assert theta == pytest.approx(131.5e6, rel=1e-3)  # paper, 128k
+    model_config = LlamaConfig(**{**shape, "rope_theta": theta}, remat=config.model.remat)
+    params = abstract_params(model_config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 8_030_261_248  # as published
+    optimizer = make_optimizer(config.extend)
+    state = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
+    batch = {
+        name: jax.ShapeDtypeStruct((1, config.train_length), dtype)
+        for name, dtype in (
+            ("tokens", jnp.int32),
+            ("positions", jnp.int32),
+            ("segment_ids", jnp.int32),
+            ("weights", jnp.float32),
+        )
+    }
+    step = make_train_step(model_config, optimizer, micro_batches=1)
+    new_state, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("train_length", 600, "train_length 600 is over config.target_length 512"),
+        ("window", 1024, "window 1024 is over config.target_length 512"),
+        ("window", 1, "config.window 1: allowed: 2"),
+        ("method", "nonsense", "config.method 'nonsense' is none of"),
+    ],
+)
+def test_impossible_values_are_refused(field, value, message):
+    config = get_config(CONFIGS[-1], "quick")
+    with config.unlocked():
+        config[field] = value
+    with pytest.raises(UserError, match=message):
+        config_lib.check(config)
