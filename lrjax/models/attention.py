@@ -2,18 +2,32 @@
 
 `attention(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)`: query i stands at index
 q_offset + i among the keys and sees key j iff j <= q_offset + i and both carry the same segment id. Causality
-is by index, never by the value of a position. Implementations, tested against each other:
+is by index, never by the value of a position. Two implementations, tested against each other:
 
 * `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences.
+* `blockwise` (`lrjax.models.blockwise`): memory linear in L, work only where something is seen.
+
+`auto` takes `reference` where the scores are few and `blockwise` elsewhere, and logs the choice once.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from lrjax.models.blockwise import blockwise
+
 IMPLEMENTATIONS = ("auto", "blockwise", "reference")
+
+# Up to so many scores per head and row, or so few queries (decoding), one pass over all of them is quicker.
+SHORT_SCORES = 256 * 256
+FEW_QUERIES = 16
+
+_LOW = -1e30  # finite: a query that sees nothing gets 0, not NaN
 
 
 def attention(
@@ -29,20 +43,26 @@ def attention(
     """Attends from every query to the keys at or before its own index in the same segment.
 
     Args:
-        q_BLNH: queries, already rotated; N is a multiple of K.
+        q_BLNH: queries, already rotated; N is a multiple of K, queries nG..nG+G-1 share key head n.
         k_BSKH: keys, already rotated.
         v_BSKH: values.
-        q_segment_ids_BL: document of each query (0: padding, attends within 0).
+        q_segment_ids_BL: document of each query (>= 0; 0 is padding, which attends within 0).
         k_segment_ids_BS: document of each key.
         q_offset: index among the keys of the first query; may be traced.
         implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+        The attended values in the dtype of q, under the remat name "attention".
     """
-    del implementation
-    return reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
+    if implementation == "auto":
+        implementation = _choose(q_BLNH.shape[1], k_BSKH.shape[1])
+    kernel = {"blockwise": blockwise, "reference": reference}[implementation]
+    out_BLNH = kernel(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
+    return checkpoint_name(out_BLNH, "attention")
 
 
 def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset=0):
-    """Plain attention: all scores at once, softmax in float32."""
+    """Plain attention: all scores at once, softmax in float32. Arguments as in `attention`."""
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
@@ -51,9 +71,9 @@ def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offs
     ) / math.sqrt(H)
     causal_LS = jnp.arange(S) <= q_offset + jnp.arange(L)[:, None]
     same_BLS = q_segment_ids_BL[:, :, None] == k_segment_ids_BS[:, None, :]
-    seen_BLS = causal_LS & same_BLS
-    scores_BKGLS = jnp.where(seen_BLS[:, None, None], scores_BKGLS, -jnp.inf)
-    weights_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1, where=seen_BLS[:, None, None])
+    seen_BKGLS = (causal_LS & same_BLS)[:, None, None]
+    weights_BKGLS = jax.nn.softmax(jnp.where(seen_BKGLS, scores_BKGLS, _LOW), axis=-1)
+    weights_BKGLS = jnp.where(seen_BKGLS, weights_BKGLS, 0.0)
     out_BLKGH = jnp.einsum(
         "BKGLS,BSKH->BLKGH",
         weights_BKGLS.astype(v_BSKH.dtype),
@@ -61,3 +81,15 @@ def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offs
         preferred_element_type=jnp.float32,
     )
     return out_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)
+
+
+def _choose(queries: int, keys: int) -> str:
+    few = queries <= FEW_QUERIES or queries * keys <= SHORT_SCORES
+    choice = "reference" if few else "blockwise"
+    _log_choice(choice, jax.default_backend())
+    return choice
+
+
+@functools.cache
+def _log_choice(choice: str, platform: str) -> None:
+    logging.info("attention=auto: %s on %s", choice, platform)

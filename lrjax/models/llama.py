@@ -83,7 +83,9 @@ class LlamaConfig:
                 f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads ({self.num_heads})"
             )
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim: {self.head_dim}; rotary embedding needs an even number")
+            raise UserError(
+                f"model.head_dim: {self.head_dim}; rotary embedding needs an even number"
+            )
         for name, allowed in (
             ("dtype", ("bfloat16", "float32")),
             ("remat", tuple(REMAT_POLICIES)),
@@ -119,8 +121,10 @@ class Llama(nn.Module):
             positions_BL = jnp.broadcast_to(start + jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
+        # Variance 1 for what enters the residual stream, unless the embedding is the head too.
+        embedding_init = _normal(c.embed_dim if c.tie_embeddings else 1)
         embedding_VD = self.param(
-            "embedding", _normal(c.embed_dim), (c.vocab_size, c.embed_dim), jnp.float32
+            "embedding", embedding_init, (c.vocab_size, c.embed_dim), jnp.float32
         )
         x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0, mode="fill").astype(c.dtype)
 
@@ -171,7 +175,9 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, angles, segment_ids_BL, k_segment_ids_BS, start):
         c = self.config
         D, N, K, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-        residual = 2 * c.num_layers  # additions to the residual stream: its variance stays 1 at the start
+        residual = (
+            2 * c.num_layers
+        )  # additions to the residual stream: its variance stays 1 at the start
 
         def weight(name, shape, inputs, branches=1):
             return self.param(name, _normal(inputs * branches), shape, jnp.float32)
@@ -188,7 +194,13 @@ class Layer(nn.Module):
             k_cache, k_BSKH = _extend(k_cache, k_BSKH, layer, start)
             v_cache, v_BSKH = _extend(v_cache, v_BSKH, layer, start)
         out_BLNH = attention(
-            q_BLNH, k_BSKH, v_BSKH, segment_ids_BL, k_segment_ids_BS, start, implementation=c.attention
+            q_BLNH,
+            k_BSKH,
+            v_BSKH,
+            segment_ids_BL,
+            k_segment_ids_BS,
+            start,
+            implementation=c.attention,
         )
         x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), inputs=2)
 

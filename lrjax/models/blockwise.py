@@ -1,0 +1,228 @@
+"""Causal attention block by block: memory linear in the length, its own backward pass, any platform.
+
+Queries come in blocks of `_query_block` tokens, keys in blocks of `KEY_BLOCK`. The softmax is accumulated
+online over the key blocks (Milakov & Gimelshein 2018; Dao et al. 2022), the backward pass computes the weights
+again from the saved log-sum-exp. A pair of blocks is visited only if the causal order and the segment ids let
+anything be seen in it. The G query heads that share a key head are folded into the rows of one product,
+[G * queries, H] x [H, keys], and all products have their operands in the compute dtype, their sums in float32.
+
+The core below treats one row of the batch and one key head; `jax.vmap` maps it over both, so that a batch or
+heads that are split over devices stay split.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+KEY_BLOCK = 256
+QUERY_BLOCKS = (32, 256)  # smallest, largest
+BLOCK_SCORES = (
+    2**20
+)  # scores in flight over all heads and rows: a few MB, which stay in a CPU's cache
+
+_LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
+
+
+def blockwise(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset=0):
+    """Causal attention within segments; arguments and result as in `lrjax.models.attention.attention`."""
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    bq, bk = _query_block(B * N, L), min(KEY_BLOCK, S)
+    # Padding belongs to segments of its own, so that nothing sees it and it sees nothing.
+    q_BLNH = _pad(q_BLNH, bq, 0)
+    q_segment_ids_BL = _pad(q_segment_ids_BL.astype(jnp.int32), bq, -1)
+    k_BSKH, v_BSKH = _pad(k_BSKH, bk, 0), _pad(v_BSKH, bk, 0)
+    k_segment_ids_BS = _pad(k_segment_ids_BS.astype(jnp.int32), bk, -2)
+    # Rows are (query, head of the group), the group innermost.
+    q_BKRH = q_BLNH.reshape(B, -1, K, G, H).swapaxes(1, 2).reshape(B, K, -1, H)
+    out_BKRH = _blockwise(
+        q_BKRH,
+        k_BSKH.swapaxes(1, 2),
+        v_BSKH.swapaxes(1, 2),
+        q_segment_ids_BL,
+        k_segment_ids_BS,
+        jnp.asarray(q_offset, jnp.int32),
+        bq,
+        bk,
+    )
+    out_BLKGH = out_BKRH.reshape(B, K, -1, G, H).swapaxes(1, 2)
+    return out_BLKGH.reshape(B, -1, N, H)[:, :L]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _blockwise(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk):
+    return _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk)[0]
+
+
+def _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk):
+    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk)
+    core = functools.partial(_forward_core, bq=bq, bk=bk)
+    core = jax.vmap(core, in_axes=(0, 0, 0, None, None, None, None))  # key heads
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, None, None))  # rows of the batch
+    out_BKRH, lse_BKR = core(
+        q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, _ranges(visible_ij)
+    )
+    out_BKRH = checkpoint_name(out_BKRH, "attention")
+    lse_BKR = checkpoint_name(lse_BKR, "attention")
+    return out_BKRH, (q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, out_BKRH, lse_BKR)
+
+
+def _backward(bq, bk, residuals, g_BKRH):
+    q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, out_BKRH, lse_BKR = residuals
+    delta_BKR = jnp.sum(out_BKRH.astype(jnp.float32) * g_BKRH.astype(jnp.float32), axis=-1)
+    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk)
+    core = functools.partial(_backward_core, bq=bq, bk=bk)
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, None, None, None, None))
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None))
+    q_bar, k_bar, v_bar = core(
+        q_BKRH,
+        k_BKSH,
+        v_BKSH,
+        g_BKRH.astype(q_BKRH.dtype),
+        lse_BKR,
+        delta_BKR,
+        q_seg_BL,
+        k_seg_BS,
+        q_offset,
+        _ranges(visible_ij.T),
+    )
+    return q_bar, k_bar, v_bar, None, None, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, key_ranges, *, bq, bk):
+    """One key head: (output [R, H], log-sum-exp [R]); key_ranges[i] are the key blocks query block i visits."""
+    H, rows = q_RH.shape[1], bq * (q_RH.shape[0] // q_seg_L.shape[0])
+    q_index_R, q_seg_R = _row_masks(q_seg_L, q_offset, q_RH.shape[0])
+
+    def query_block(block):
+        i, (first, stop) = block
+        q = _block(q_RH, i, rows)
+        q_index, q_seg = _block(q_index_R, i, rows)[:, None], _block(q_seg_R, i, rows)[:, None]
+
+        def key_block(j, carry):
+            top, total, acc = carry
+            k_index = j * bk + jnp.arange(bk)
+            seen = (k_index <= q_index) & (_block(k_seg_S, j, bk) == q_seg)
+            scores = _dot(q, _block(k_SH, j, bk), 1, 1) / math.sqrt(H)
+            scores = jnp.where(seen, scores, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            weights = jnp.exp(scores - new_top[:, None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            product = _dot(weights.astype(v_SH.dtype), _block(v_SH, j, bk), 1, 0)
+            return new_top, total, acc * shrink[:, None] + product
+
+        start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros((rows, H)))
+        top, total, acc = lax.fori_loop(first, stop, key_block, start)
+        total = jnp.where(total == 0, 1.0, total)  # rows of padding see nothing
+        return (acc / total[:, None]).astype(q.dtype), top + jnp.log(total)
+
+    blocks = jnp.arange(q_seg_L.shape[0] // bq)
+    out, lse = lax.map(query_block, (blocks, key_ranges))
+    return out.reshape(q_RH.shape), lse.reshape(-1)
+
+
+def _backward_core(
+    q_RH, k_SH, v_SH, g_RH, lse_R, delta_R, q_seg_L, k_seg_S, q_offset, query_ranges, *, bq, bk
+):
+    """One key head: cotangents of q, k, v. Scores are held transposed, [keys, rows], and so is q's cotangent:
+    then no product contracts the first axis of its left operand, which a CPU does slowly."""
+    H, rows = q_RH.shape[1], bq * (q_RH.shape[0] // q_seg_L.shape[0])
+    scale = 1 / math.sqrt(H)
+    q_index_R, q_seg_R = _row_masks(q_seg_L, q_offset, q_RH.shape[0])
+
+    def key_block(q_bar_iHR, block):
+        j, (first, stop) = block
+        k, v = _block(k_SH, j, bk), _block(v_SH, j, bk)
+        k_index, k_seg = (j * bk + jnp.arange(bk))[:, None], _block(k_seg_S, j, bk)[:, None]
+
+        def query_block(i, carry):
+            k_bar, v_bar, q_bar_iHR = carry
+            q, g = _block(q_RH, i, rows), _block(g_RH, i, rows)
+            seen = (k_index <= _block(q_index_R, i, rows)) & (k_seg == _block(q_seg_R, i, rows))
+            scores = jnp.where(seen, _dot(k, q, 1, 1) * scale, -jnp.inf)
+            weights = jnp.exp(scores - _block(lse_R, i, rows))
+            scores_bar = weights * (_dot(v, g, 1, 1) - _block(delta_R, i, rows)) * scale
+            # Each is read by two products or more: the barrier keeps XLA from computing it for each.
+            weights, scores_bar = lax.optimization_barrier(
+                (weights.astype(q.dtype), scores_bar.astype(q.dtype))
+            )
+            v_bar += _dot(weights, g, 1, 0)
+            k_bar += _dot(scores_bar, q, 1, 0)
+            q_bar = _block(q_bar_iHR, i, 1) + _dot(k.T, scores_bar, 1, 0)
+            q_bar_iHR = lax.dynamic_update_slice_in_dim(q_bar_iHR, q_bar, i, axis=0)
+            return k_bar, v_bar, q_bar_iHR
+
+        start = (jnp.zeros((bk, H)), jnp.zeros((bk, H)), q_bar_iHR)
+        k_bar, v_bar, q_bar_iHR = lax.fori_loop(first, stop, query_block, start)
+        return q_bar_iHR, (k_bar.astype(k.dtype), v_bar.astype(v.dtype))
+
+    q_bar_iHR = jnp.zeros((q_seg_L.shape[0] // bq, H, rows))
+    blocks = jnp.arange(k_seg_S.shape[0] // bk)
+    q_bar_iHR, (k_bar, v_bar) = lax.scan(key_block, q_bar_iHR, (blocks, query_ranges))
+    q_bar_RH = q_bar_iHR.swapaxes(1, 2).reshape(q_RH.shape).astype(q_RH.dtype)
+    return q_bar_RH, k_bar.reshape(k_SH.shape), v_bar.reshape(v_SH.shape)
+
+
+def _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk):
+    """bool [query blocks, key blocks]: whether any row of the batch may see anything in this pair of blocks.
+
+    Segment ids are compared by their ranges in the blocks: never too few pairs, and few too many where the
+    ids of packed documents rise.
+    """
+    B = q_seg_BL.shape[0]
+    q_seg, k_seg = q_seg_BL.reshape(B, -1, 1, bq), k_seg_BS.reshape(B, 1, -1, bk)
+    overlap = (q_seg.min(-1) <= k_seg.max(-1)) & (k_seg.min(-1) <= q_seg.max(-1))
+    last_query_i = q_offset + (jnp.arange(q_seg.shape[1]) + 1) * bq - 1
+    first_key_j = jnp.arange(k_seg.shape[2]) * bk
+    return overlap.any(axis=0) & (first_key_j <= last_query_i[:, None])
+
+
+def _ranges(visible_ij):
+    """For each i the range [first, stop) that holds all visible j; empty if there is none."""
+    stop = visible_ij.shape[1] - jnp.argmax(visible_ij[:, ::-1], axis=1)
+    return jnp.argmax(visible_ij, axis=1), jnp.where(visible_ij.any(axis=1), stop, 0)
+
+
+def _row_masks(q_seg_L, q_offset, rows):
+    """Index among the keys and segment id of each row (query, head of the group)."""
+    group = rows // q_seg_L.shape[0]
+    return q_offset + jnp.arange(rows) // group, jnp.repeat(q_seg_L, group)
+
+
+def _query_block(heads: int, length: int) -> int:
+    """Queries to a block: a power of two, fewer the more heads and rows are worked on at the same time."""
+    low, high = QUERY_BLOCKS
+    block = high
+    while block > low and block * heads * KEY_BLOCK > BLOCK_SCORES:
+        block //= 2
+    return min(block, length)
+
+
+def _pad(x, multiple, value):
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % multiple)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _block(x, index, size):
+    return lax.dynamic_slice_in_dim(x, index * size, size)
+
+
+def _dot(a, b, a_axis, b_axis):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,136 @@
+"""Attention: the blockwise implementation is the reference, forwards and backwards, and nobody sees ahead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lrjax.models import blockwise as blockwise_module
+from lrjax.models.attention import attention, reference
+from lrjax.models.blockwise import blockwise
+
+
+def make_inputs(seed, B=2, L=50, S=None, N=6, K=2, H=8, segments=3, dtype=jnp.float32):
+    """Random queries, keys, values and rising segment ids, some padding (0) at the end."""
+    S = S or L
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q_BLNH = jax.random.normal(keys[0], (B, L, N, H), dtype)
+    k_BSKH = jax.random.normal(keys[1], (B, S, K, H), dtype)
+    v_BSKH = jax.random.normal(keys[2], (B, S, K, H), dtype)
+    ids_BS = np.sort(np.random.default_rng(seed).integers(1, segments + 1, (B, S)), axis=1)
+    ids_BS[0, S - S // 8 :] = 0
+    return q_BLNH, k_BSKH, v_BSKH, jnp.asarray(ids_BS[:, S - L :]), jnp.asarray(ids_BS)
+
+
+def gradients(kernel, inputs, q_offset=0):
+    q, k, v, q_ids, k_ids = inputs
+    weights = jnp.cos(jnp.arange(q.size)).reshape(q.shape)  # a cotangent that is not constant
+
+    def loss(q, k, v):
+        return jnp.sum(weights * kernel(q, k, v, q_ids, k_ids, q_offset).astype(jnp.float32))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+
+def assert_same(inputs, q_offset=0, atol=2e-5):
+    out = jax.jit(blockwise)(*inputs, q_offset)
+    np.testing.assert_allclose(out, reference(*inputs, q_offset), atol=atol)
+    for got, expected in zip(
+        gradients(blockwise, inputs, q_offset), gradients(reference, inputs, q_offset), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=10 * atol)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short inputs have many, of different sizes for queries and keys."""
+    monkeypatch.setattr(blockwise_module, "KEY_BLOCK", 8)
+    monkeypatch.setattr(blockwise_module, "QUERY_BLOCKS", (16, 16))
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 50, 77])
+def test_blockwise_is_reference_on_packed_documents(small_blocks, length):
+    assert_same(make_inputs(length, L=length))
+
+
+def test_blockwise_is_reference_with_blocks_as_they_are():
+    assert_same(make_inputs(0, B=1, L=300, N=3, K=1))
+
+
+@pytest.mark.parametrize(
+    ("L", "S", "q_offset"), [(5, 40, 35), (16, 64, 8), (1, 33, 32), (20, 90, 3)]
+)
+def test_blockwise_with_offset_into_the_keys(small_blocks, L, S, q_offset):
+    q, k, v, _, k_ids = make_inputs(1, L=L, S=S)
+    assert_same((q, k, v, k_ids[:, q_offset : q_offset + L], k_ids), q_offset)
+
+
+def test_offset_may_be_traced(small_blocks):
+    inputs = make_inputs(2, L=6, S=30, segments=1)
+    out = jax.jit(lambda offset: blockwise(*inputs, offset))(jnp.int32(11))
+    np.testing.assert_allclose(out, reference(*inputs, 11), atol=2e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_blockwise_with_segments_in_any_order(data):
+    """Block skipping looks at ranges of segment ids; ids that do not rise must come out right as well."""
+    L = data.draw(st.sampled_from([9, 24]))
+    ids_L = data.draw(st.lists(st.integers(0, 3), min_size=L, max_size=L))
+    q, k, v, _, _ = make_inputs(L, B=1, L=L, N=2, K=1, H=4)
+    ids_BL = jnp.asarray([ids_L])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise_module, "KEY_BLOCK", 4)
+        patch.setattr(blockwise_module, "QUERY_BLOCKS", (4, 4))
+        out = blockwise(q, k, v, ids_BL, ids_BL)
+    np.testing.assert_allclose(out, reference(q, k, v, ids_BL, ids_BL), atol=2e-5)
+
+
+def test_bfloat16_is_near_float32(small_blocks):
+    inputs = make_inputs(3, L=40)
+    half = [x.astype(jnp.bfloat16) for x in inputs[:3]] + list(inputs[3:])
+    exact = reference(*(x.astype(jnp.float32) for x in half[:3]), *half[3:])
+    out = jax.jit(blockwise)(*half)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+    for got, expected in zip(gradients(blockwise, half), gradients(reference, inputs), strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.15)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_no_gradient_from_later_keys_or_other_documents(small_blocks, implementation):
+    q, k, v, ids_BL, _ = make_inputs(4, L=24)
+    seen_BLS = jnp.tril(jnp.ones((24, 24), bool)) & (ids_BL[:, :, None] == ids_BL[:, None, :])
+
+    def out(v):
+        return attention(q, k, v, ids_BL, ids_BL, implementation=implementation).sum(axis=(2, 3))
+
+    jacobian_BLBS = jnp.abs(jax.jacrev(out)(v)).sum(axis=(4, 5))
+    for b in range(2):
+        np.testing.assert_array_equal(jacobian_BLBS[b, :, b] > 0, seen_BLS[b])
+
+
+def test_one_document_alone_is_the_document_packed(small_blocks):
+    q, k, v, _, _ = make_inputs(5, B=1, L=40)
+    ids_BL = jnp.repeat(jnp.asarray([[1, 2]]), jnp.asarray([13, 27]), axis=1)
+    packed = blockwise(q, k, v, ids_BL, ids_BL)
+    for part in (slice(0, 13), slice(13, 40)):
+        ones = jnp.ones_like(ids_BL[:, part])
+        alone = blockwise(q[:, part], k[:, part], v[:, part], ones, ones)
+        np.testing.assert_allclose(packed[:, part], alone, atol=2e-6)
+
+
+def test_split_over_eight_devices_is_one_device(small_blocks):
+    inputs = make_inputs(6, B=4, L=32, N=4, K=2)
+    expected = gradients(blockwise, inputs)
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "tensor"))
+    heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    split = [jax.device_put(x, heads) for x in inputs[:3]]
+    split += [jax.device_put(x, rows) for x in inputs[3:]]
+    for got, want in zip(gradients(blockwise, split), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
