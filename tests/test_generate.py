@@ -26,7 +26,9 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def params():
     # Weights larger than at the start of training, so that the logits are far from flat and from ties.
-    return jax.tree.map(lambda leaf: 2 * leaf, init_params(CONFIG, jax.random.key(0)))
+    return jax.tree.map(
+        lambda leaf: 2 * leaf, jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,16 @@ def prompts():
     return [rng.integers(0, 61, length).astype(np.int32) for length in (5, 40, 17)]
 
 
+@jax.jit
+def padded_logits(params, tokens_1L):
+    return logits(params, Llama(CONFIG).apply({"params": params}, tokens_1L))[0]
+
+
 def whole_logits(params, tokens):
-    """Logits [L, V] of one sequence in one forward pass without a cache."""
-    x_BLD = Llama(CONFIG).apply({"params": params}, np.asarray(tokens)[None])
-    return np.asarray(logits(params, x_BLD)[0])
+    """Logits [L, V] of one sequence in one forward pass without a cache (what comes after does not matter)."""
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(padded_logits(params, padded))[: len(tokens)]
 
 
 def plainly(params, prompt, count):
@@ -52,7 +60,7 @@ def plainly(params, prompt, count):
 def test_cached_batched_and_chunked_equals_plain_generation(params, prompts):
     expected = [plainly(params, prompt, 6) for prompt in prompts]
     assert len({token for row in expected for token in row}) > 4  # no constant
-    for chunk in (7, 16, 64):
+    for chunk in (7, 64):
         together = generate(CONFIG, params, prompts, 6, prefill_chunk=chunk)
         assert [row.tolist() for row in together] == expected
     alone = [generate(CONFIG, params, [prompt], 6)[0].tolist() for prompt in prompts]
