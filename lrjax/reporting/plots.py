@@ -97,6 +97,12 @@ def _count_axis(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
+def _position_axis(axis, stop: int) -> None:
+    """Quarters of a window: its lengths are seldom round in tens."""
+    _count_axis(axis)
+    axis.set_ticks(np.unique(np.linspace(0, stop, 5).astype(int)))
+
+
 def _line_style(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % 4]}
 
@@ -122,6 +128,7 @@ def needle_heat_map(cells: Mapping[str, Sequence[Mapping]], window: int | None =
     rows = math.ceil(len(cells) / columns)
     height = rows * (0.55 + 0.27 * len(depths)) + 0.35
     figure, axes = _axes(rows, columns, height, used=len(cells))
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
     colour_map = matplotlib.colormaps["cividis"]
     paper = matplotlib.rcParams["axes.facecolor"]
     inside = sum(length <= window for length in lengths) if window else 0
@@ -215,11 +222,12 @@ def position_plots(samples: Mapping[str, Sequence], window: int | None, target: 
             bottom[index].axvline(window, color=WINDOW_COLOUR, linewidth=1.2, linestyle="--")
         top[index].set_title(name)
         top[index].set_ylim(0, target)
+        top[index].set_xlim(left=0)
         bottom[index].set_xlim(0, target)
         top[index].set_xlabel("index in the row")
         bottom[index].set_xlabel("distance of two tokens")
         for axis in (top[index].xaxis, top[index].yaxis, bottom[index].xaxis):
-            _count_axis(axis)
+            _position_axis(axis, target)
     top[0].set_ylabel("position")
     bottom[0].set_ylabel("pairs, %")
     return figure
@@ -251,7 +259,8 @@ def loss_curves(panels: Mapping[str, Mapping[str, Sequence]]):
         ax.set_xlabel("step")
         _count_axis(ax.xaxis)
         if len(lines) > 1:
-            ax.legend(ncols=1 + (len(lines) > 5), handlelength=1.8, columnspacing=1)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.28), "ncols": 2}
+            ax.legend(handlelength=1.8, columnspacing=1, **(below if len(lines) > 4 else {}))
     for ax in axes[::columns]:
         ax.set_ylabel("loss, nats a token")
     return figure
@@ -310,7 +319,7 @@ def perplexity_by_position(buckets: Mapping[str, Sequence[Mapping]], window: int
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.3g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
-    _count_axis(ax.xaxis)
+    _position_axis(ax.xaxis, max(bucket["stop"] for row in buckets.values() for bucket in row))
     ax.set_xlabel("position in the document")
     ax.set_title("Perplexity")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -336,9 +345,8 @@ def stage_times(seconds: Mapping[str, float]):
 
 def duration(seconds: float) -> str:
     """1.5 -> "1.5 s", 125 -> "2 min 5 s", 7300 -> "2 h 2 min"."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"

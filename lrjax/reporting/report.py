@@ -22,10 +22,11 @@ from lrjax.reporting import plots, tables
 from lrjax.reporting.metrics import METRICS_FILE, read_rows
 
 REQUIRED = ("title", "command", "summary")
-OPTIONAL = (
-    "intro", "date", "facts", "window", "target", "chain", "checkpoints", "niah", "perplexity", "short",
-    "positions", "impact", "merge_curve", "loss_panels",
-)  # fmt: skip
+OPTIONAL = {
+    "intro": "", "date": "", "facts": {}, "window": None, "target": None, "chain": (), "checkpoints": {},
+    "niah": {}, "perplexity": {}, "short": {}, "positions": {}, "impact": {}, "merge_curve": (),
+    "loss_panels": None,
+}  # fmt: skip
 SUMMARY = ("config", "devices", "stages", "evaluation", "impact", "positions")
 PICTURES = ("methods", "needle", "perplexity", "positions", "losses", "merge", "stages")
 
@@ -68,7 +69,8 @@ def write_report(workdir, content: Mapping) -> pathlib.Path:
     _check(content)
     folder = pathlib.Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**content, "chain": tables.chain(content)}
+    content = {**OPTIONAL, **content}
+    content["chain"] = tables.chain(content)
     pictures = {}
     for name, draw in _drawings(content, read_rows(pathlib.Path(workdir) / METRICS_FILE)).items():
         pictures[name] = {theme: draw(theme=theme) for theme in plots.THEMES}
@@ -94,7 +96,7 @@ def write_report(workdir, content: Mapping) -> pathlib.Path:
 
 def _check(content: Mapping) -> None:
     for where, keys, required, allowed in (
-        ("report content", content, REQUIRED, REQUIRED + OPTIONAL),
+        ("report content", content, REQUIRED, (*REQUIRED, *OPTIONAL)),
         ("report content.summary", content.get("summary", {}), SUMMARY, SUMMARY),
     ):
         if missing := [key for key in required if key not in keys]:
@@ -105,7 +107,7 @@ def _check(content: Mapping) -> None:
 
 def _drawings(content: Mapping, loss_rows: list[dict]) -> dict:
     """Name of a picture -> function(theme=...) -> PNG, for the parts that are there."""
-    window = content.get("window")
+    window = content["window"]
     drawings = {}
 
     def add(name, function, *args, **kwargs):
@@ -114,23 +116,23 @@ def _drawings(content: Mapping, loss_rows: list[dict]) -> dict:
     def by_label(part):
         return {tables.label(content, name): part[name] for name in tables.ordered(content, part)}
 
-    if content.get("niah"):
+    if content["niah"]:
         found = {name: tables.accuracies(result) for name, result in content["niah"].items()}
         cells = {name: result["cells"] for name, result in content["niah"].items()}
         add("methods", plots.method_bars, by_label(found), window)
         add("needle", plots.needle_heat_map, by_label(cells), window)
-    if content.get("perplexity"):
+    if content["perplexity"]:
         buckets = {name: result["buckets"] for name, result in content["perplexity"].items()}
         add("perplexity", plots.perplexity_by_position, by_label(buckets), window)
-    if content.get("positions"):
+    if content["positions"]:
         samples = content["positions"]
-        target = content.get("target") or 1 + max(
+        target = content["target"] or 1 + max(
             int(max(s)) for drawn in samples.values() for s in drawn
         )
         add("positions", plots.position_plots, samples, window, target)
-    if panels := tables.loss_panels(loss_rows, content.get("loss_panels")):
+    if panels := tables.loss_panels(loss_rows, content["loss_panels"]):
         add("losses", plots.loss_curves, panels)
-    if content.get("merge_curve"):
+    if content["merge_curve"]:
         add("merge", plots.merge_curve, *tables.merge_points(content["merge_curve"]))
     if seconds := {name: stage["seconds"] for name, stage in content["summary"]["stages"].items()}:
         add("stages", plots.stage_times, seconds)

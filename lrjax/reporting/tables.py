@@ -16,14 +16,14 @@ MOST_TOKENS = 3000  # of a document on the page
 
 def chain(content: Mapping) -> list[str]:
     """The checkpoints of the recipe's main line, the base first."""
-    if content.get("chain"):
+    if content["chain"]:
         return list(content["chain"])
-    known = {*content["summary"]["evaluation"], *content.get("niah", ()), *content.get("short", ())}
+    known = {*content["summary"]["evaluation"], *content["niah"], *content["short"]}
     return [name for name in ("base", "extended", "replayed", "merged") if name in known]
 
 
 def label(content: Mapping, name: str) -> str:
-    return content.get("checkpoints", {}).get(name, {}).get("label") or name.replace("_", " ")
+    return content["checkpoints"].get(name, {}).get("label") or name.replace("_", " ")
 
 
 def ordered(content: Mapping, names: Iterable[str]) -> list[str]:
@@ -36,7 +36,7 @@ def groups(content: Mapping, names: Iterable[str]) -> dict[str, list[str]]:
     """Heading -> checkpoints: base and controls first, then the groups in the order of their first rows."""
     found: dict[str, list[str]] = {}
     for name in ordered(content, names):
-        heading = content.get("checkpoints", {}).get(name, {}).get("group", "")
+        heading = content["checkpoints"].get(name, {}).get("group", "")
         if name in (*content["chain"][:1], *CONTROLS):
             heading = COMPARISON
         found.setdefault(heading, []).append(name)
@@ -71,7 +71,7 @@ def headline(content: Mapping) -> dict:
         rows[heading] = [
             {
                 "label": label(content, name),
-                "note": content.get("checkpoints", {}).get(name, {}).get("note", ""),
+                "note": content["checkpoints"].get(name, {}).get("note", ""),
                 "cells": [found[name].get(length) for length in lengths],
                 "result": name == content["chain"][-1] if content["chain"] else False,
             }
@@ -82,7 +82,7 @@ def headline(content: Mapping) -> dict:
 
 def times_window(content: Mapping, length: int) -> str:
     """ "8 x" for a length beyond the window, else nothing."""
-    window = content.get("window")
+    window = content["window"]
     return f"{length / window:.3g} x" if window and length > window else ""
 
 
@@ -92,7 +92,7 @@ def headline_figures(content: Mapping) -> list[dict]:
         return []
     first, last = content["chain"][0], content["chain"][-1]
     figures = []
-    niah = content.get("niah", {})
+    niah = content["niah"]
     if first in niah and last in niah:
         before, after = accuracies(niah[first]), accuracies(niah[last])
         for length in sorted(before.keys() & after.keys(), reverse=True)[:1]:
@@ -105,7 +105,7 @@ def headline_figures(content: Mapping) -> list[dict]:
                     "after": f"{percent(after[length][0])} %",
                 }
             )
-    short = content.get("short", {})
+    short = content["short"]
     for source in list(short.get(first, {}))[:2]:
         if source in short.get(last, {}):
             figures.append(
@@ -122,7 +122,7 @@ def answers(content: Mapping) -> list[dict]:
     """Questions and answers of the chain's ends, the same prompts side by side."""
     rows = []
     for name in dict.fromkeys([*content["chain"][:1], *content["chain"][-1:]]):
-        for sample in content.get("niah", {}).get(name, {}).get("samples", ()):
+        for sample in content["niah"].get(name, {}).get("samples", ()):
             rows.append({"label": label(content, name), **sample})
     return sorted(rows, key=lambda row: (row["length"], row["depth"]))
 
@@ -143,7 +143,8 @@ def forgetting(content: Mapping) -> dict:
         for source in sources:
             cell = short[name].get(source)
             if cell is not None:
-                change = cell["nll"] - base[source]["nll"] if source in base else None
+                known = name != names[0] and source in base
+                change = cell["nll"] - base[source]["nll"] if known else None
                 cell = {"nll": cell["nll"], "interval": cell.get("interval"), "change": change}
             cells.append(cell)
         main = name in content["chain"]
@@ -252,7 +253,7 @@ def figure(value) -> str:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
+        return "-" if value is None else str(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -262,5 +263,6 @@ def large(value: float) -> str:
     """1.5e12 -> "1.5 T"; up to 9,999 as it is."""
     if value < 1e4:
         return f"{value:,.0f}"
-    power = min(int(math.log10(value)) // 3, 7)
-    return f"{value / 10 ** (3 * power):.3g} {' kMGTPEZ'[power]}"
+    value = float(f"{value:.3g}")  # before the unit is chosen: 999,999 is 1 M
+    power = min(int(math.log10(value)) // 3, 6)
+    return f"{value / 10 ** (3 * power):.3g} {' kMGTPE'[power]}"
