@@ -40,6 +40,7 @@ _NAMES = {
 _NO_WEIGHT = (
     "rotary_emb.inv_freq"  # a table that old versions of transformers saved with the weights
 )
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 _DTYPES = ("F32", "F16", "BF16")
 _SHARD_BYTES = 5 * 10**9
 
@@ -167,11 +168,7 @@ def _rope_theta(raw: dict) -> float:
         for name, value in (raw.get(key) or {}).items():
             if name == "rope_theta":
                 thetas[f"{key}.rope_theta"] = value
-            elif (name, value) not in {
-                ("rope_type", "default"),
-                ("type", "default"),
-                ("partial_rotary_factor", 1.0),
-            }:
+            elif name not in _PLAIN_ROPE or value != _PLAIN_ROPE[name]:
                 raise UserError(f"{key}.{name} is {value!r}; only the default rope is known")
     given = {key: float(theta) for key, theta in thetas.items() if theta is not None}
     if len(set(given.values())) > 1:
