@@ -1,0 +1,155 @@
+"""Selection: which sentences of a long document make up a training sample of exactly the budget.
+
+    kept = select("anchor", segment_lengths_S, budget, rng=rng, anchor_mask_L=mask_L, document_id="essay#3")
+    tokens_L[kept.token_index], kept.segment_lengths       # positions are drawn from these lengths afterwards
+
+Every method is an order in which sentences are admitted; whatever the order, the admitted sentences stay in
+the order of the text, and the last one admitted is cut so that the budget is met exactly.
+
+| method | order of admission                                                                                     |
+|--------|--------------------------------------------------------------------------------------------------------|
+| anchor | sentences that hold an anchor token, from the start of the text; then the others at random             |
+| digits | the released code's rule: sentences with a digit and half of the others, from the start; then the rest |
+| score  | by the largest change of logit in the sentence                                                         |
+| random | at random                                                                                              |
+| first  | from the start                                                                                         |
+
+The paper (arXiv 2409.00509, section 3) removes sentences without an anchor type, keeps the order and takes
+the budget; which ones go when more remain is not stated: `overflow` is "first" (the default) or "random".
+Shapes: S sentences, L tokens of the document.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from lrjax.errors import UserError
+
+METHODS = ("anchor", "digits", "score", "random", "first")
+OVERFLOWS = ("first", "random")
+KEEP_PLAIN = (
+    0.5  # the released code keeps a sentence without a digit with this probability (its r = 0.6)
+)
+
+
+class Selection(NamedTuple):
+    """Kept tokens, increasing; the kept lengths of their sentences; how many tokens only fill up the budget."""
+
+    token_index: Int32[np.ndarray, "budget"]
+    segment_lengths: Int32[np.ndarray, "S_kept"]
+    filled: int
+
+
+def select(
+    method: str,
+    segment_lengths_S: Int32[np.ndarray, "S"],
+    budget: int,
+    *,
+    rng: np.random.Generator,
+    anchor_mask_L: Bool[np.ndarray, "L"] | None = None,
+    digit_mask_L: Bool[np.ndarray, "L"] | None = None,
+    delta_L: Float[np.ndarray, "L"] | None = None,
+    overflow: str = "first",
+    document_id: str = "document",
+) -> Selection:
+    """Keeps exactly `budget` tokens of a document.
+
+    Args:
+        method: one of `METHODS`; anchor needs `anchor_mask_L`, digits `digit_mask_L`, score `delta_L`.
+        segment_lengths_S: tokens of each sentence, with sum L.
+        anchor_mask_L, digit_mask_L: which tokens are of an anchor class, hold a digit.
+        delta_L: change of logit of each token (any low value for the first, which nothing predicts).
+        overflow: which sentences with an anchor are left out when not all fit: the last ones or random ones.
+        document_id: names the document in errors.
+
+    Raises:
+        UserError: an empty document, one without a sentence end, one shorter than the budget, an unknown method,
+            or an array that the method needs and that is missing, of another length or NaN.
+    """
+    lengths_S = _checked_lengths(segment_lengths_S, budget, document_id)
+    if method not in METHODS:
+        raise UserError(f"selection method {method!r}; allowed: {', '.join(METHODS)}")
+    if overflow not in OVERFLOWS:
+        raise UserError(f"selection overflow {overflow!r}; allowed: {', '.join(OVERFLOWS)}")
+    starts_S = np.cumsum(lengths_S) - lengths_S
+    count = len(lengths_S)
+
+    def per_sentence(values_L, name):
+        """The largest value in each sentence."""
+        if values_L is None:
+            raise UserError(f"{document_id}: selection '{method}' needs {name}")
+        values_L = np.asarray(values_L)
+        if values_L.shape != (lengths_S.sum(),):
+            raise UserError(
+                f"{document_id}: {name} has shape {values_L.shape}, the sentences have {lengths_S.sum()} tokens"
+            )
+        if values_L.dtype.kind == "f" and np.isnan(values_L).any():
+            raise UserError(
+                f"{document_id}: {name} is NaN at token {np.argmax(np.isnan(values_L))}"
+            )
+        return np.maximum.reduceat(values_L, starts_S)
+
+    wanted_S = np.ones(count, bool)
+    if method == "anchor":
+        wanted_S = per_sentence(anchor_mask_L, "anchor_mask_L").astype(bool)
+        order = _wanted_first(wanted_S, rng, shuffle_wanted=overflow == "random")
+    elif method == "digits":
+        wanted_S = per_sentence(digit_mask_L, "digit_mask_L").astype(bool)
+        wanted_S |= rng.random(count) < KEEP_PLAIN
+        order = _wanted_first(wanted_S, rng)
+    elif method == "score":
+        order = np.argsort(-per_sentence(delta_L, "delta_L"), kind="stable")
+    elif method == "random":
+        order = rng.permutation(count)
+    else:
+        order = np.arange(count)
+    kept_S = _admit(lengths_S, order, budget)
+
+    sentences = np.flatnonzero(kept_S)
+    kept_lengths = kept_S[sentences]
+    offset = np.cumsum(kept_lengths) - kept_lengths
+    token_index = np.arange(budget) + np.repeat(starts_S[sentences] - offset, kept_lengths)
+    return Selection(
+        token_index.astype(np.int32), kept_lengths.astype(np.int32), int(kept_S[~wanted_S].sum())
+    )
+
+
+def _wanted_first(wanted_S, rng, shuffle_wanted=False) -> np.ndarray:
+    """The wanted sentences, in the order of the text unless shuffled, then the others at random."""
+    wanted = np.flatnonzero(wanted_S)
+    if shuffle_wanted:
+        wanted = rng.permutation(wanted)
+    return np.concatenate([wanted, rng.permutation(np.flatnonzero(~wanted_S))])
+
+
+def _admit(lengths_S, order, budget) -> np.ndarray:
+    """Tokens kept of each sentence: all of them in this order until the budget is full, then none."""
+    lengths = lengths_S[order]
+    before = np.cumsum(lengths) - lengths
+    kept_S = np.zeros_like(lengths_S)
+    kept_S[order] = np.clip(budget - before, 0, lengths)
+    return kept_S
+
+
+def _checked_lengths(segment_lengths_S, budget, document_id) -> np.ndarray:
+    lengths_S = np.asarray(segment_lengths_S)
+    if lengths_S.ndim != 1 or lengths_S.size == 0:
+        raise UserError(f"{document_id}: the document is empty; it must have sentences")
+    if lengths_S.dtype.kind not in "iu" or lengths_S.min() < 1:
+        raise UserError(
+            f"{document_id}: sentence lengths must be positive integers, got {lengths_S.min()}"
+        )
+    if budget < 1:
+        raise UserError(f"selection budget is {budget}; it must be at least 1 token")
+    lengths_S = lengths_S.astype(np.int64)
+    if lengths_S.sum() < budget:
+        raise UserError(
+            f"{document_id}: the document has {lengths_S.sum()} tokens, fewer than the budget of {budget}"
+        )
+    if len(lengths_S) == 1:
+        raise UserError(
+            f"{document_id}: no sentence ends inside the document's {lengths_S[0]} tokens; "
+            "selection needs at least two sentences"
+        )
+    return lengths_S
