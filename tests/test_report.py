@@ -262,6 +262,14 @@ def test_summary_without_a_part_of_the_contract_is_named(tmp_path, content):
         write_report(tmp_path, content)
 
 
+def test_page_says_what_ran_where(tmp_path, content):
+    content["summary"]["impact"] = {"anchors": ["number"], "classes": {"number": 4.0}}
+    text = " ".join(Page(write_report(tmp_path, content).read_text()).text.split())
+    assert "model2 layers" in text and "seed3" in text and "devices1 x cpu" in text
+    assert "time of all stages1 min 6 s" in text
+    assert "anchorsnumber" in text
+
+
 def test_loss_panels_without_a_plan_are_the_stages():
     rows = [{"stage": "a", "step": 1, "loss": 2.0}, {"stage": "b", "step": 1, "grad_norm": 1.0}]
     assert tables.loss_panels(rows, None) == {"a": {"a": [(1, 2.0)]}}

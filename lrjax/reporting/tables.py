@@ -235,12 +235,23 @@ def flat(value: Mapping, prefix: str = "") -> dict[str, object]:
     return rows
 
 
+def top_values(values: Mapping) -> dict[str, object]:
+    """The single values and the lists (as text) among `values`; tables have places of their own."""
+    return {
+        key: (", ".join(map(str, each)) or "none") if isinstance(each, list | tuple) else each
+        for key, each in values.items()
+        if not isinstance(each, Mapping)
+    }
+
+
 def devices(value) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {each}" for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+    """{"platform": "cpu", "count": 2, "memory": "8 GiB"} -> "2 x cpu, memory 8 GiB"; text as it is."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    rest, parts = dict(value), []
+    if {"platform", "count"} <= rest.keys():
+        parts.append(f"{rest.pop('count')} x {rest.pop('platform')}")
+    return ", ".join(parts + [f"{key.replace('_', ' ')} {each}" for key, each in rest.items()])
 
 
 def percent(share: float) -> str:
