@@ -1,7 +1,7 @@
 """The library in a notebook: `lrjax.load`, `lrjax.score`, `lrjax.merge`.
 
-    model = lrjax.load("smollm2")
-    model.logits(model.tokenizer.encode("Hello")[None])
+model = lrjax.load("smollm2")
+model.logits(model.tokenizer.encode("Hello")[None])
 """
 
 import dataclasses
@@ -49,11 +49,11 @@ class Model:
     params: dict
     tokenizer: object = None
 
-    def logits(
-        self, tokens_BL, positions_BL=None, segment_ids_BL=None
-    ) -> Float[Array, "B L V"]:
+    def logits(self, tokens_BL, positions_BL=None, segment_ids_BL=None) -> Float[Array, "B L V"]:
         """Next-token logits, float32. Positions default to the index, segment ids to one document."""
-        return _logits(self.config, self.params, *self._inputs(tokens_BL, positions_BL, segment_ids_BL))
+        return _logits(
+            self.config, self.params, *self._inputs(tokens_BL, positions_BL, segment_ids_BL)
+        )
 
     def token_logprobs(
         self, tokens_BL, positions_BL=None, segment_ids_BL=None
@@ -101,8 +101,14 @@ class Model:
             segment_ids_BL = np.ones_like(tokens_BL)
         for name, array in (("positions", positions_BL), ("segment_ids", segment_ids_BL)):
             if np.shape(array) != tokens_BL.shape:
-                raise UserError(f"{name} have shape {np.shape(array)}, the tokens {tokens_BL.shape}")
-        return tokens_BL, jnp.asarray(positions_BL, jnp.int32), jnp.asarray(segment_ids_BL, jnp.int32)
+                raise UserError(
+                    f"{name} have shape {np.shape(array)}, the tokens {tokens_BL.shape}"
+                )
+        return (
+            tokens_BL,
+            jnp.asarray(positions_BL, jnp.int32),
+            jnp.asarray(segment_ids_BL, jnp.int32),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

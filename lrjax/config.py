@@ -140,7 +140,9 @@ def default() -> ConfigDict:
             ),
             "perplexity": ConfigDict({"source": "", "length": 0, "documents": 8, "buckets": ()}),
             # Loss in the original window on data sources, to see what was forgotten: name -> source
-            "short": ConfigDict({"sources": ConfigDict(), "documents": 64, "length": 0}),  # 0: window
+            "short": ConfigDict(
+                {"sources": ConfigDict(), "documents": 64, "length": 0}
+            ),  # 0: window
         }
     )
     return config

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from lrjax.data import packing, sentences
-from lrjax.data.loader import Component
+from lrjax.data.loader import Component, stable_hash
 from lrjax.data.records import RecordFile, write_records
 from lrjax.data.tokenizers import check_ids
 from lrjax.errors import UserError
@@ -159,6 +159,11 @@ def placed_component(
         }
 
     return Component(source, place, weight)
+
+
+def rng_of(seed: int, identifier: str) -> np.random.Generator:
+    """The generator of what is drawn once for a document."""
+    return np.random.default_rng(stable_hash(seed, identifier))
 
 
 def open_records(path) -> RecordFile:

@@ -386,5 +386,5 @@ STAGES = {
     "replay": replay,
     "merge": merge,
     "evaluate": assessment.evaluate,
-    "report": summary.report,
+    "report": summary.write,
 }

@@ -186,8 +186,8 @@ class StepCheckpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def remove(self) -> None:
-        """Closes, and deletes the steps: the stage is finished, its model is saved elsewhere."""
-        self.close()
-        if jax.process_index() == 0:
-            shutil.rmtree(self._path, ignore_errors=True)
+
+def remove_steps(path) -> None:
+    """Deletes the step checkpoints of a stage whose model is saved."""
+    if jax.process_index() == 0:
+        shutil.rmtree(pathlib.Path(path) / "steps", ignore_errors=True)

@@ -121,7 +121,9 @@ def _examples(component: Component, number: int, seed: int) -> grain.MapDataset:
         name = f"record {id_!r} of component {number}"
         epoch = index // size
         try:
-            example = component.transform(record, np.random.default_rng(_hash(seed, id_, epoch)))
+            example = component.transform(
+                record, np.random.default_rng(stable_hash(seed, id_, epoch))
+            )
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         except Exception as error:
@@ -130,7 +132,7 @@ def _examples(component: Component, number: int, seed: int) -> grain.MapDataset:
         return name, _checked(name, example)
 
     # Grain's shuffle holds no table of the order. It takes 3 us an example, 0.3 ms below 100 records.
-    order = grain.MapDataset.source(component.source).shuffle(_hash(seed, number) % 2**32)
+    order = grain.MapDataset.source(component.source).shuffle(stable_hash(seed, number) % 2**32)
     return order.repeat().map_with_index(make)
 
 
@@ -159,6 +161,6 @@ def _stack(named_examples: Sequence[tuple[str, Example]]) -> Example:
     return {key: np.stack([example[key] for _, example in named_examples]) for key in first}
 
 
-def _hash(*parts) -> int:
+def stable_hash(*parts) -> int:
     """A number that is the same on every machine and Python (`hash` is not)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")

@@ -220,8 +220,9 @@ def rms_norm(x_BLD, scale_D, eps: float):
 
 def init_params(config: LlamaConfig, rng) -> dict:
     """Fresh float32 parameters: norms 1, weights normal with variance 1 / fan-in."""
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    return Llama(config).init(rng, tokens_BL)["params"]
+    # Under jit only the parameters are computed, not the forward pass that flax reads their shapes from.
+    init = jax.jit(Llama(config).init)
+    return init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def abstract_params(config: LlamaConfig) -> dict:

@@ -9,6 +9,7 @@ run gives.
 """
 
 import functools
+import json
 import pathlib
 import time
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from ml_collections import ConfigDict
 
 from lrjax import sharding
 from lrjax.checkpoints.orbax import StepCheckpoints
@@ -54,9 +56,8 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
     )
     init = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))
     state = {"params": params, "opt_state": init(params)}
-    step_fn = make_train_step(
-        model_config, optimizer, config.micro_batches, jax.tree.map(lambda x: x.sharding, state)
-    )
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+    step_fn = _train_step(model_config, config.to_json(), tuple(leaves), tree)
 
     # ------------------------------------------------------------------------------- resume
     checkpoints = StepCheckpoints(workdir / "checkpoints" / stage / "steps")
@@ -136,6 +137,18 @@ def _optimizer_shardings(optimizer, params, mesh):
         abstract,
         params,
         transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _train_step(model_config: LlamaConfig, section: str, shardings: tuple, tree):
+    """`make_train_step`, compiled once for stages that train alike on different data."""
+    section = ConfigDict(json.loads(section))
+    return make_train_step(
+        model_config,
+        make_optimizer(section),
+        section.micro_batches,
+        jax.tree.unflatten(tree, shardings),
     )
 
 
