@@ -73,7 +73,17 @@ def _optional(path):
 def _stages(workdir) -> dict:
     """{stage: {"seconds", "tokens", "flops"}} in the order of the recipe."""
     found = {path.stem: wd.read_json(path) for path in (workdir / "stages").glob("*.json")}
-    order = ["import", "probe", "score", "analyse", "select", "extend", "replay", "merge", "evaluate"]
+    order = [
+        "import",
+        "probe",
+        "score",
+        "analyse",
+        "select",
+        "extend",
+        "replay",
+        "merge",
+        "evaluate",
+    ]
     return {
         name: {key: found[name][key] for key in ("seconds", "tokens", "flops")}
         for name in order

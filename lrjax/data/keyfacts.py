@@ -154,7 +154,7 @@ def prepare(
     facts_share: tuple[float, float] = (0.05, 0.5),
     pairing: str = "uniform",
 ) -> dict[str, str]:
-    """Writes every split of `SPLITS` as `out_dir/SPLIT.jsonl` and returns the paths by split.
+    """Writes every split of `SPLITS` as `out_dir/SPLIT.jsonl`, and the tokenizer; returns the paths by name.
 
     A split depends on (seed, its name) alone: changing the size of one leaves the others as they were.
 
@@ -171,7 +171,7 @@ def prepare(
         raise UserError(f"keyfacts: counts names {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {}
+    paths = {"tokenizer": write_tokenizer(directory / "tokenizer")}
     for split, (kind, length, default_count) in SPLITS.items():
         count = counts.get(split, default_count)
         if not count:

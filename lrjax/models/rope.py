@@ -7,6 +7,7 @@ The convention is that of Hugging Face's Llama ("rotate half"): dimension i is p
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -17,8 +18,9 @@ def rope_angles(
 
     float32 whatever the model computes in: bfloat16 rounds position 257 to 256.
     """
-    exponent_h = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency_h = 1.0 / theta**exponent_h
+    # On the host: a compiler that folds 1 / theta^e rounds it otherwise, which shows at large positions.
+    exponent_h = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency_h = np.float32(1) / (theta ** exponent_h.astype(np.float64)).astype(np.float32)
     angles_BLh = positions_BL.astype(jnp.float32)[..., None] * frequency_h
     return jnp.cos(angles_BLh), jnp.sin(angles_BLh)
 

@@ -130,14 +130,19 @@ def shardings_of(params, mesh):
 
 def _optimizer_shardings(optimizer, params, mesh):
     """An optimizer's moments lie as their parameters do; counters are everywhere."""
-    abstract = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        abstract,
-        params,
-        transform_non_params=lambda _: sharding.replicated(mesh),
-    )
+
+    def names(path):
+        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+    known = {names(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+    def sharding_of(path, leaf):
+        param = known.get(names(path))
+        if param is not None and param.shape == leaf.shape:
+            return param.sharding
+        return sharding.replicated(mesh)
+
+    return jax.tree.map_with_path(sharding_of, jax.eval_shape(optimizer.init, params))
 
 
 @functools.lru_cache(maxsize=4)
