@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step --out=train_step.json [--length=2048] [--steps=5]
 
-Batch 1, AdamW, random weights, loss on every token, no remat. Every contender runs in a process of its own; tokens/s are
-of the median and of the best step after a warm-up, memory is the process's peak of resident memory.
+Batch 1, AdamW, random weights, loss on every token, no remat. Every contender runs in a process of its own; tokens/s
+are of the median and of the best step after a warm-up, memory is the process's peak of resident memory.
 
 * `lrjax`: `lrjax.training.loop.make_train_step`, bfloat16 compute, float32 parameters and optimizer state.
 * `lrjax_float32`: the same, computing in float32.

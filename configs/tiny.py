@@ -55,11 +55,9 @@ def get_config(variant: str = ""):
     }
     # Without random words that repeat, looking back (induction) does not appear in so few steps.
     config.pretrain.a_periodic = training(**pretrain, mark_weight=10.0, mixture={"periodic": 1.0})
-    config.pretrain.a_periodic.length = WINDOW
     config.pretrain.b_language = training(
         **pretrain, mark_weight=5.0, mixture={"facts": 0.6, "dialect": 0.2, "copy": 0.2}
     )
-    config.pretrain.b_language.length = WINDOW
 
     extend = {
         "optimizer": "muon",

@@ -21,6 +21,7 @@ def training(**changes) -> ConfigDict:
         {
             "steps": 100,
             "global_batch_size": 8,
+            "length": 0,  # tokens in a row of pretraining and replay; 0: the window
             "micro_batches": 1,  # gradient accumulation: parts that a global batch is worked off in
             "optimizer": "adamw",  # adamw | muon
             "learning_rate": 5e-5,
@@ -115,7 +116,6 @@ def default() -> ConfigDict:
     config.method = "longrecipe"  # the one that replay and merge go on with
     config.extend = training(steps=104, global_batch_size=96)
     config.replay = training(steps=50, global_batch_size=96, learning_rate=5e-6)
-    config.replay.length = 0  # tokens in a row; 0: window
     config.merge = ConfigDict(
         {"base_weight": 0.5, "curve": ()}
     )  # curve: more base weights to evaluate

@@ -4,7 +4,9 @@ Fields of the config are set with `--config.field=value`. A run that was stopped
 A mistake ends with one line on standard error and exit code 2.
 """
 
+import pathlib
 import sys
+from logging import INFO
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -55,6 +57,15 @@ def run_program(main_function, parse=parse_flags) -> None:
         sys.exit(2)
 
 
+def quieten() -> None:
+    """Of other libraries' log lines, only the warnings: Orbax alone writes several for each checkpoint."""
+    package = str(pathlib.Path(__file__).parent)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno > INFO or record.pathname.startswith(package)
+    )
+
+
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
+    quieten()
     run_program(main)

@@ -153,13 +153,13 @@ def _pretrain(config, workdir, tokenizer):
     total = {"tokens": 0, "flops": 0}
     for name in sorted(config.pretrain):
         phase = config.pretrain[name]
-        stage = f"pretrain_{name}"
+        stage, length = f"pretrain_{name}", phase.length or config.window
         if orbax.is_model(checkpoint(workdir, stage)):
             model_config, params = orbax.load_model(checkpoint(workdir, stage))
             continue
         params, facts = _train(
             config, workdir, stage, (model_config, params), phase,
-            mixture(config, workdir, phase, phase.length), phase.length,
+            mixture(config, workdir, phase, length), length,
         )  # fmt: skip
         total = {key: total[key] + facts[key] for key in total}
     orbax.save_model(checkpoint(workdir, "base"), model_config, params)

@@ -37,7 +37,8 @@ def write(config, workdir) -> None:
         "command": f"python -m lrjax.main --config=configs/{config.name}.py --workdir=RUN --config.seed={config.seed}",
         "intro": (
             f"A window of {config.window:,} tokens extended to {config.target_length:,}, trained on "
-            f"{config.train_length:,} tokens at a time ({config.train_length / config.target_length:.0%} of the target)."
+            f"{config.train_length:,} tokens at a time "
+            f"({config.train_length / config.target_length:.0%} of the target)."
         ),
         "summary": summary,
         "window": config.window,

@@ -219,10 +219,6 @@ def test_smollm2_has_the_logits_of_transformers(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="rope_angles rounds its frequencies otherwise than transformers: 3.3 times its noise",
-)
 def test_smollm2_is_as_exact_as_transformers_over_its_whole_window(smollm2):
     """Text spread over all 8,192 positions is nothing the model knows, and float32 noise grows in it:
 

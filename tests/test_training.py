@@ -118,7 +118,8 @@ def test_schedules():
     for name, last in (("constant", 1e-2), ("cosine", 0.0), ("linear", 0.0)):
         schedule = make_schedule(section(schedule=name, steps=10, warmup_steps=4))
         np.testing.assert_allclose(
-            [schedule(0), schedule(3), schedule(4), schedule(10)], [2.5e-3, 1e-2 * (2.5 + 7.5 * 3 / 4) / 10, 1e-2, last], atol=1e-7
+            [schedule(0), schedule(3), schedule(4), schedule(10)],
+            [2.5e-3, 1e-2 * (2.5 + 7.5 * 3 / 4) / 10, 1e-2, last], atol=1e-7,
         )  # fmt: skip
 
 
