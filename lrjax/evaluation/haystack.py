@@ -16,7 +16,8 @@ import numpy as np
 
 from lrjax.errors import UserError
 
-_SENTENCE_END = re.compile(r"[.?!][\"')\]\u2019\u201d]*\s+|\s*\n\s*")
+# A single line break is none: prose often comes in lines of a fixed width.
+_SENTENCE_END = re.compile(r"[.?!][\"')\]\u2019\u201d]*\s+|\s*\n\s*\n\s*")
 _BREAK = "\n\n"  # between texts, and before the question
 _SLACK = 64  # tokens of filler to spare when a prompt is fitted
 
