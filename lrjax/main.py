@@ -27,6 +27,10 @@ def main(argv) -> None:
     for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if value is None:
             raise UserError(f"--{flag} is missing; see --help")
+    try:
+        _CONFIG.value.is_locked  # noqa: B018  (a config that failed to load says so at the first look)
+    except OSError as error:
+        raise UserError(f"--config: {_one_line(error.__cause__ or error)}") from error
     recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
 
 

@@ -1,0 +1,141 @@
+"""The whole recipe on the tiny config: every stage, stopping and going on, and what a user gets wrong."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Not the eight fake devices of the other tests: a run as a user starts it.
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+STAGES = ["import", "probe", "score", "analyse", "select", "extend", "replay", "merge", "evaluate"]
+
+
+def command(workdir, *flags, config="configs/tiny.py:quick"):
+    return [
+        sys.executable,
+        "-m",
+        "lrjax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def run(workdir, *flags, **kwargs):
+    return subprocess.run(
+        command(workdir, *flags, **kwargs),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    result = run(workdir)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return workdir
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_output(finished):
+    summary = json.loads((finished / "report" / "summary.json").read_text())
+    assert list(summary["stages"]) == STAGES
+    names = [
+        "base",
+        "contiguous",
+        "longrecipe",
+        "longrecipe_score",
+        "raised_theta",
+        "replayed",
+        "merged",
+    ]
+    assert sorted(summary["evaluation"]) == sorted(names)
+    for tasks in summary["evaluation"].values():
+        assert set(tasks["niah"]) == {"64", "512"}
+        assert set(tasks["short"]) == {"facts", "dialect", "copy"}
+    assert summary["stages"]["extend"]["tokens"] == 3 * 6 * 16 * 154
+    assert (finished / "report" / "index.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_a_second_call_does_nothing_again(finished):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    result = run(finished)
+    assert result.returncode == 0
+    assert "import: complete" in result.stderr
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_workdir_of_another_config_is_refused(finished):
+    result = run(finished, "--config.seed=7")
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert "belongs to another config; it differs in seed (0 there, 7 here)" in line
+
+
+@pytest.mark.slow
+def test_killed_in_extend_and_started_again_gives_the_same_metrics(finished, tmp_path):
+    """SIGKILL after the first rows of a method; then the same command."""
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(workdir),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.time() + 300
+    # Step 3 of 6: the checkpoint of step 2 is there, or being written.
+    wanted = ('"stage": "longrecipe", "step": 3', '"stage":"longrecipe","step":3')
+    while not (metrics.exists() and any(text in metrics.read_text() for text in wanted)):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "stages" / "extend.json").exists()
+    result = run(workdir)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    for path in (finished / "evaluation").rglob("*.json"):
+        other = workdir / "evaluation" / path.relative_to(finished / "evaluation")
+        assert other.read_text() == path.read_text(), path
+
+
+@pytest.mark.slow
+def test_smollm2_passes_through_every_stage(tmp_path):
+    result = run(tmp_path / "run", config="configs/smollm2_135m.py:quick")
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert list(summary["stages"]) == STAGES
+    assert set(summary["evaluation"]) == {"base", "longrecipe", "merged"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        (["--config.nonsense=1"], "configs/tiny.py", "nonsense"),
+        ([], "configs/tiny.py:nonsense", "variant 'nonsense'; allowed: none, quick"),
+        ([], "configs/none.py", "configs/none.py"),
+        (["--stages=cook"], "configs/tiny.py", "unknown stage 'cook'; allowed: import, probe"),
+        (["--config.train_length=600"], "configs/tiny.py", "train_length 600 is over"),
+        (["--config.model.source=/nowhere"], "configs/tiny.py", "/nowhere: no checkpoint there"),
+        (["--config.data.long=nowhere"], "configs/tiny.py:quick", "data source 'nowhere' is not"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, config, message):
+    result = run(tmp_path / "run", *flags, config=config)
+    lines = [line for line in result.stderr.strip().splitlines() if " recipe.py:" not in line]
+    assert result.returncode == 2, result.stderr
+    assert message in lines[-1]
+    assert "Traceback" not in result.stderr
