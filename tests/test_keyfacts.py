@@ -110,7 +110,8 @@ def test_prepare_writes_each_split_independently_of_the_others(tmp_path):
     none = dict.fromkeys(keyfacts.SPLITS, 0)
     first = keyfacts.prepare(tmp_path / "a", seed=1, counts=none | {"facts": 5, "sources": 2})
     second = keyfacts.prepare(tmp_path / "b", seed=1, counts=none | {"sources": 3})
-    assert set(first) == {"facts", "sources"} and set(second) == {"sources"}
+    assert set(first) == {"tokenizer", "facts", "sources"}
+    assert set(second) == {"tokenizer", "sources"}
     lines = [pathlib.Path(paths["sources"]).read_text().splitlines() for paths in (first, second)]
     assert lines[0] == lines[1][:2] and len(lines[1]) == 3
     row = json.loads(lines[0][0])
