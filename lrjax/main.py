@@ -27,10 +27,11 @@ def main(argv) -> None:
     for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if value is None:
             raise UserError(f"--{flag} is missing; see --help")
-    try:
-        _CONFIG.value.is_locked  # noqa: B018  (a config that failed to load says so at the first look)
-    except OSError as error:
-        raise UserError(f"--config: {_one_line(error.__cause__ or error)}") from error
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not pathlib.Path(
+        file
+    ).is_file():  # ml_collections speaks of it only when a field is looked at
+        raise UserError(f"--config={file}: there is no such file")
     recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
 
 
@@ -38,12 +39,21 @@ def parse_flags(argv):
     """absl's flags, with a mistake in them told in one line (a config file's own bugs keep their traceback)."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        # ml_collections raises these for a field or a variant that the config does not have.
-        raise UserError(_one_line(error)) from error
-    except (OSError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
+        # ml_collections wraps what a config raises in its traceback; AttributeError, KeyError and TypeError are
+        # its own words for a field that the config does not have, or a value of another type.
+        first = error
+        while first.__context__ is not None:
+            first = first.__context__
+        if isinstance(first, UserError):
+            raise first from None
+        if "Traceback" in str(error):
+            raise
+        if isinstance(error, KeyError | AttributeError):
+            name = _one_line(error).strip("\"'")
+            raise UserError(
+                f"--config: no field {name!r}; lrjax/config.py has all of them"
+            ) from error
         raise UserError(_one_line(error)) from error
 
 
