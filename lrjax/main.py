@@ -27,7 +27,7 @@ def main(argv) -> None:
     for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
         if value is None:
             raise UserError(f"--{flag} is missing; see --help")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not pathlib.Path(
         file
     ).is_file():  # ml_collections speaks of it only when a field is looked at

@@ -119,6 +119,7 @@ def test_prepare_writes_each_split_independently_of_the_others(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "facts.jsonl",
         "sources.jsonl",
+        "tokenizer",
     ]
 
 
