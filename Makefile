@@ -28,8 +28,7 @@ showcase: setup
 	@echo "The report: runs/showcase-$(SEED)/report/index.html"
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ def get_config(variant: str = ""):
     config.data.long = "sources"
 
     config.model.dtype = "float32"
+    config.model.attention = "blockwise"  # the quicker one for many short rows
     config.model.shape = {
         "num_layers": 2,
         "embed_dim": 64,
@@ -62,7 +63,7 @@ def get_config(variant: str = ""):
     extend = {
         "optimizer": "muon",
         "global_batch_size": 16,
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
         "schedule": "linear",
         "weight_decay": 0.0,
         "b2": 0.99,
@@ -70,8 +71,8 @@ def get_config(variant: str = ""):
         "log_every": 10,
         "checkpoint_every": 50,
     }
-    config.probe = training(**extend, steps=50)
-    config.probe.method = method("random", "longrecipe")
+    config.probe = training(**{**extend, "global_batch_size": 5}, steps=50)
+    config.probe.method = method("at_positions", "full")
     config.score.batch_size = 16
     config.extend = training(**extend, steps=150)
     config.methods = {

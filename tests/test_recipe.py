@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+# One worker runs this file: its tests share one finished run.
+pytestmark = pytest.mark.xdist_group("recipe")
+
 ROOT = pathlib.Path(__file__).parent.parent
 # Not the eight fake devices of the other tests: a run as a user starts it.
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

@@ -153,6 +153,8 @@ def prepare(
     counts: Mapping[str, int] | None = None,
     facts_share: tuple[float, float] = (0.05, 0.5),
     pairing: str = "uniform",
+    long_facts_share: tuple[float, float] = (0.05, 0.3),
+    long_pairing: str = "random",
 ) -> dict[str, str]:
     """Writes every split of `SPLITS` as `out_dir/SPLIT.jsonl`, and the tokenizer; returns the paths by name.
 
@@ -162,6 +164,9 @@ def prepare(
       seed: of the documents; the language itself (words, chains) is the same for every seed.
       window, target: lengths in words of the short and the long documents.
       counts: number of documents of the splits that shall differ from `SPLITS`; 0 leaves a split out.
+      facts_share, pairing: of the short documents, as in `documents`.
+      long_facts_share, long_pairing: of the long ones. With up to 30 % all facts fit into 30 % of the tokens, and
+        what stands beside them in a selection is filler, as in the documents.
 
     Raises:
       UserError: a split in `counts` that does not exist, or what `documents` refuses.
@@ -177,8 +182,10 @@ def prepare(
         if not count:
             continue
         rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-        length_in_words = {"window": window, "target": target}[length]
-        rows = documents(kind, count, length_in_words, rng, facts_share, pairing, name=split)
+        if length == "window":
+            rows = documents(kind, count, window, rng, facts_share, pairing, name=split)
+        else:
+            rows = documents(kind, count, target, rng, long_facts_share, long_pairing, name=split)
         path = directory / f"{split}.jsonl"
         partial = path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:

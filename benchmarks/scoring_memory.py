@@ -1,0 +1,105 @@
+"""Memory of scoring a pair of SmolLM2-135M's at 8,192 tokens: lrjax against whole logits of both models.
+
+    python -m benchmarks.scoring_memory --out=scoring_memory.json [--length=8192]
+
+Every contender runs in a process of its own with both models loaded. "Extra" is the highest resident memory during
+scoring less the resident memory before it (Linux: VmHWM, reset through /proc/self/clear_refs), compilation included;
+"compiled" is what the compiler says its program needs beside its arguments.
+
+* `lrjax`: `lrjax.longrecipe.scoring.make_scorer`, which holds the logits of a chunk of tokens at a time.
+* `whole_logits`: the same models, [B, L, V] of both written out, the change of logit and log-probability from them.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import time
+
+from benchmarks import contenders
+
+NAMES = ["lrjax", "whole_logits"]
+LIMIT = 10**9  # bytes: the aim for lrjax
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (highest since the last reset) of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def run(name: str, length: int) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lrjax.checkpoints import loading
+    from lrjax.longrecipe import scoring
+    from lrjax.models import head
+    from lrjax.models.llama import Llama
+
+    config, params, _ = loading.load("smollm2")
+    config = dataclasses.replace(config, dtype="bfloat16")
+    extended = dataclasses.replace(config, rope_theta=310_700.0, max_position_embeddings=16384)
+    base_params = jax.tree.map(jnp.asarray, params)
+    extended_params = jax.tree.map(lambda x: x * 1.001, base_params)
+    jax.block_until_ready(extended_params)
+    del params
+    tokens_BL = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
+    positions_BL = np.arange(length, dtype=np.int32)[None]
+    inputs = tokens_BL.astype(np.int32), positions_BL, np.ones((1, length), np.int32)
+
+    @jax.jit
+    def whole_logits(params, other, tokens_BL, positions_BL, segment_ids_BL):
+        def of(config, params):
+            x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
+            return head.logits(params, x_BLD)[:, :-1]
+
+        def pick(a_BLV):
+            return jnp.take_along_axis(a_BLV, tokens_BL[:, 1:, None], axis=-1)[..., 0]
+
+        base_BLV, extended_BLV = of(config, params), of(extended, other)
+        logprob = pick(jax.nn.log_softmax(extended_BLV)) - pick(jax.nn.log_softmax(base_BLV))
+        return pick(extended_BLV) - pick(base_BLV), logprob
+
+    scorer = scoring.make_scorer(config, extended) if name == "lrjax" else whole_logits
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    compiled = scorer.lower(base_params, extended_params, *inputs).compile()
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(base_params, extended_params, *inputs))
+    seconds = time.perf_counter() - start
+    contenders.report(
+        seconds=seconds,
+        extra_bytes=resident("VmHWM") - before,
+        compiled_bytes=compiled.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the one document")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
+    parser.add_argument("--contender", choices=NAMES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        run(args.contender, args.length)
+        return
+    results = contenders.run("benchmarks.scoring_memory", NAMES, [f"--length={args.length}"])
+    print(f"Scoring a pair of SmolLM2-135M, {args.length} tokens, {contenders.machine()}")
+    print(f"{'':16}{'extra GB':>10}{'compiled GB':>13}{'tokens/s':>10}")
+    for name, result in results.items():
+        if "error" in result:
+            print(f"{name:16}{result['error']:>10}")
+            continue
+        extra, compiled = result["extra_bytes"] / 1e9, result["compiled_bytes"] / 1e9
+        speed = args.length / result["seconds"]
+        print(f"{name:16}{extra:>10.2f}{compiled:>13.2f}{speed:>10.0f}")
+    if args.out:
+        figures = {"length": args.length, "machine": contenders.machine(), "contenders": results}
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
