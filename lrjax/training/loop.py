@@ -125,7 +125,7 @@ def check_batch(config, mesh, stage) -> None:
 def shardings_of(params, mesh):
     """Shardings for a parameter tree by the logical axes of its leaves."""
     axes = {name: LOGICAL_AXES[name] for name in params}  # a tied model has no head
-    return sharding.tree_shardings(axes, mesh)
+    return sharding.tree_shardings(axes, params, mesh)
 
 
 def _optimizer_shardings(optimizer, params, mesh):
