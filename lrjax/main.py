@@ -11,8 +11,9 @@ from logging import INFO
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lrjax import recipe
+from lrjax import multihost, recipe
 from lrjax.errors import UserError
+from lrjax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, configs/NAME.py[:variant]."
@@ -32,7 +33,11 @@ def main(argv) -> None:
         file
     ).is_file():  # ml_collections speaks of it only when a field is looked at
         raise UserError(f"--config={file}: there is no such file")
-    recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
+    multihost.start()
+    try:
+        recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
+    except Preempted as notice:
+        logging.info("%s; the same command goes on", notice)
 
 
 def parse_flags(argv):

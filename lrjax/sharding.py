@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrjax.errors import UserError
@@ -40,7 +40,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "table_embed": ("fsdp", "context", "tensor"),  # width of the embedding (`lrjax.models.embedding`)
+    "table_embed": (
+        "fsdp",
+        "context",
+        "tensor",
+    ),  # width of the embedding (`lrjax.models.embedding`)
     # The head is split over its vocabulary: each device then makes its own part of the logits of all the tokens
     # of a context group, and hidden states travel instead of the larger head (`lrjax.models.head`).
     "head_embed": "fsdp",
@@ -192,9 +196,7 @@ def _arrange(devices, shape) -> np.ndarray:
         across = (slices, *(1 for _ in shape[1:]))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
     if devices[0].platform == "tpu":
-        return mesh_utils.create_device_mesh(
-            shape, devices=devices, allow_split_physical_axes=True
-        )
+        return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return np.asarray(devices).reshape(shape)
 
 
@@ -224,6 +226,37 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, int] | None = None) -> NamedSha
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices a batch is split: the global batch size must divide by it."""
     return Layout(mesh, current().rules).size("batch")
+
+
+def own_rows(where: NamedSharding, shape: tuple[int, int]) -> tuple[list[int], int, int]:
+    """Which examples of a batch [B, L] this process has to provide.
+
+    Returns:
+        `(rows, groups, group)`: the rows of the batch that its devices hold, how many different sets of rows the
+        processes hold, and the number of its own. Processes that split the sequence hold the same rows.
+
+    Raises:
+        UserError: processes hold rows in common and not all of them.
+    """
+    of_process: dict[int, set[int]] = {}
+    for device, index in where.devices_indices_map(shape).items():
+        of_process.setdefault(device.process_index, set()).update(
+            range(*index[0].indices(shape[0]))
+        )
+    sets = sorted({tuple(sorted(rows)) for rows in of_process.values()})
+    if sum(map(len, sets)) != shape[0]:
+        raise UserError(
+            f"config.mesh: {dict(where.mesh.shape)}: the examples of a batch lie across processes in parts; allowed: "
+            "batch axes that split processes evenly"
+        )
+    mine = tuple(sorted(of_process[jax.process_index()]))
+    return list(mine), len(sets), sets.index(mine)
+
+
+def barrier(name: str) -> None:
+    """Waits for the other processes of the run."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

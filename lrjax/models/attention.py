@@ -172,7 +172,9 @@ def _kernel(implementation: str, platform: str):
     # On a CPU the kernels are interpreted: the same program, for tests.
     interpret = platform == "cpu"
     if interpret:
-        sharding.log_once("attention=%s on cpu is interpreted: right, and very slow", implementation)
+        sharding.log_once(
+            "attention=%s on cpu is interpreted: right, and very slow", implementation
+        )
     if implementation == "splash":
         from lrjax.models.splash import splash
 
@@ -181,6 +183,4 @@ def _kernel(implementation: str, platform: str):
 
     if implementation == "triton":
         return functools.partial(gpu_attention.triton, interpret=interpret)
-    return functools.partial(
-        gpu_attention.cudnn, implementation="xla" if interpret else "cudnn"
-    )
+    return functools.partial(gpu_attention.cudnn, implementation="xla" if interpret else "cudnn")

@@ -114,7 +114,9 @@ def _gather(kernel, q, k, v, seg, n, runs):
         chunks = lax.all_gather(x, AXIS, axis=1, tiled=True)
         chunks = chunks.reshape(x.shape[0], 2 * n, -1, *x.shape[2:])
         heads, tails = chunks[:, 0::2], chunks[:, 1::2]
-        return jnp.concatenate([heads, tails[:, ::-1]], axis=1).reshape(x.shape[0], -1, *x.shape[2:])
+        return jnp.concatenate([heads, tails[:, ::-1]], axis=1).reshape(
+            x.shape[0], -1, *x.shape[2:]
+        )
 
     k, v, k_seg = whole(k), whole(v), whole(seg)
     half = q.shape[1] // 2
@@ -169,7 +171,9 @@ def _exchange(x, forward: bool):
     def local(x):
         half = x.shape[1] // 2
         first, second = x[:, :half], x[:, half:]
-        even_device = lax.axis_index(AXIS) % 2 == 0  # its head, chunk d, is even, and so its tail is odd
+        even_device = (
+            lax.axis_index(AXIS) % 2 == 0
+        )  # its head, chunk d, is even, and so its tail is odd
         if forward:
             even, odd = lax.ppermute(first, AXIS, evens), lax.ppermute(second, AXIS, odds)
             first, second = jnp.where(even_device, even, odd), jnp.where(even_device, odd, even)

@@ -9,9 +9,9 @@ stays below `CHUNK_ELEMENTS` numbers.
     total, weight = weighted_cross_entropy(params, x_BLD, targets_BL, weights_BL)
     stats = token_stats(params, x_BLD, targets_BL)                         # the scorer, perplexity
 
-On a mesh (`lrjax.sharding`) the head is split over its vocabulary. Where that split and the sequence share a mesh axis,
-a chunk's hidden states are gathered along it: each device makes its own vocabulary's logits of all of the group's tokens,
-and only sums over the vocabulary travel (`lrjax.models.vocab_split`).
+On a mesh (`lrjax.sharding`) the head is split over its vocabulary. Where that split and the sequence share a mesh
+axis, a chunk's hidden states are gathered along it: each device makes its own vocabulary's logits of all the tokens of
+its group, and only sums over the vocabulary travel (`lrjax.models.vocab_split`).
 """
 
 import functools
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from lrjax.models.linear import contract, outer_sum
 from lrjax.models.vocab_split import on_devices
+from lrjax.sharding import constrain
 
 CHUNK_ELEMENTS = 2**25  # 128 MB of float32 logits
 
@@ -61,7 +62,9 @@ def token_stats(
         return jax.tree.map(lambda leaf: _join(leaf)[:, :L], stats_CBc)
 
     names = dict.fromkeys(("logit", "mean_logit", "logprob", "argmax"), "tokens")
-    return on_devices(local, vocab_axis, w, x_BLD, targets_BL, outputs=names)
+    stats = on_devices(local, vocab_axis, w, x_BLD, targets_BL, outputs=names)
+    # Numbers of tokens, not of states: whole on every device, so that every process can read them.
+    return jax.tree.map(lambda a: constrain(a, (None, None)), stats)
 
 
 def weighted_cross_entropy(

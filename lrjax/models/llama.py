@@ -27,10 +27,10 @@ from lrjax.models.attention import IMPLEMENTATIONS, attention
 from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
 from lrjax.models.rope import apply_rope, rope_angles
-from lrjax.sharding import constrain
+from lrjax.sharding import constrain, current
 
 # What the backward pass finds in memory and what it computes again; "none" keeps everything. Under "full" that is
-# what enters each layer; "offload" moves this to the host's memory, so that a sequence costs the device next to nothing.
+# what enters each layer; "offload" moves this to the host's memory: a long sequence then costs the device little.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -140,7 +140,8 @@ class Llama(nn.Module):
             # Padding to whole chunks follows the sequence, so nothing sees it; it is cut off again.
             padding = -L % context.length_multiple(c.attention, c.context_parallel)
             tokens_BL, positions_BL, segment_ids_BL = (
-                jnp.pad(a, ((0, 0), (0, padding))) for a in (tokens_BL, positions_BL, segment_ids_BL)
+                jnp.pad(a, ((0, 0), (0, padding)))
+                for a in (tokens_BL, positions_BL, segment_ids_BL)
             )
             head_tail = c.context_parallel == "gather"
         if head_tail:
@@ -214,7 +215,9 @@ class Layer(nn.Module):
             return self.param(name, nn.initializers.ones, (D,), jnp.float32)
 
         x_BLD, k_cache, v_cache = carry
-        x_BLD = checkpoint_name(constrain(x_BLD, ("batch", "length", None)), "layer_input")
+        # With a cache it is the keys that are split along the length.
+        length = "length" if k_cache is None else None
+        x_BLD = checkpoint_name(constrain(x_BLD, ("batch", length, None)), "layer_input")
         y_BLD = rms_norm(x_BLD, scale("attention_norm"), c.norm_eps)
         q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D)), *angles)
         k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D)), *angles)
@@ -248,10 +251,18 @@ def rms_norm(x_BLD, scale_D, eps: float):
     return (x32_BLD * inverse_BL1 * scale_D).astype(x_BLD.dtype)
 
 
-def init_params(config: LlamaConfig, rng) -> dict:
-    """Fresh float32 parameters: norms 1, weights normal with variance 1 / fan-in."""
+def init_params(config: LlamaConfig, rng, shardings_of=None) -> dict:
+    """Fresh float32 parameters: norms 1, weights normal with variance 1 / fan-in.
+
+    Args:
+        shardings_of: function (params, mesh) -> their shardings, to make them in place on the current layout's mesh.
+    """
     # Under jit only the parameters are computed, not the forward pass that flax reads their shapes from.
-    init = jax.jit(Llama(config).init)
+    mesh = current().mesh
+    where = None
+    if shardings_of is not None and mesh is not None:
+        where = {"params": shardings_of(abstract_params(config), mesh)}
+    init = jax.jit(Llama(config).init, out_shardings=where)
     return init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

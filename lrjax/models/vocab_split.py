@@ -1,8 +1,8 @@
 """How `lrjax.models.head` works on a mesh: who holds which tokens, which vocabulary, which part of the width.
 
 `on_devices(local, vocab_axis, w, x_BLD, ...)` calls `local(split, w, x_BLD, ...)` with each device's own parts under
-`shard_map`, everything else as if there were one device; `split` does what has to be done together. Without a mesh it is
-a plain call, and `split` does nothing.
+`shard_map`, everything else as if there were one device; `split` does what has to be done together. Without a mesh it
+is a plain call, and `split` does nothing.
 
 A mesh axis may split several things. Over "context" both the tokens and the vocabulary are split: tokens are
 gathered before their logits are made. Over "fsdp" both the tokens and the width of the head are: the width is gathered.
