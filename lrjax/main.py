@@ -25,19 +25,26 @@ _STAGES = flags.DEFINE_list("stages", [], f"Only these stages: {', '.join(recipe
 def main(argv) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; see --help")
-    for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
-        if value is None:
-            raise UserError(f"--{flag} is missing; see --help")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    config = config_of_flag()
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing; see --help")
+    multihost.start()
+    try:
+        recipe.run(config, _WORKDIR.value, _STAGES.value)
+    except Preempted as notice:
+        logging.info("%s; the same command goes on", notice)
+
+
+def config_of_flag():
+    """The config that --config names."""
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; see --help")
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if not pathlib.Path(
         file
     ).is_file():  # ml_collections speaks of it only when a field is looked at
         raise UserError(f"--config={file}: there is no such file")
-    multihost.start()
-    try:
-        recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
-    except Preempted as notice:
-        logging.info("%s; the same command goes on", notice)
+    return _CONFIG.value
 
 
 def parse_flags(argv):
