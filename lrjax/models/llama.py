@@ -214,14 +214,20 @@ class Layer(nn.Module):
         def scale(name):
             return self.param(name, nn.initializers.ones, (D,), jnp.float32)
 
+        def axes(name):
+            return LOGICAL_AXES["layers"][name][1:]
+
         x_BLD, k_cache, v_cache = carry
         # With a cache it is the keys that are split along the length.
         length = "length" if k_cache is None else None
         x_BLD = checkpoint_name(constrain(x_BLD, ("batch", length, None)), "layer_input")
         y_BLD = rms_norm(x_BLD, scale("attention_norm"), c.norm_eps)
-        q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D)), *angles)
-        k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D)), *angles)
-        v_BSKH = linear(y_BLD, weight("v", (D, K, H), D))
+        q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D), axes=axes("q")), *angles)
+        k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D), axes=axes("k")), *angles)
+        v_BSKH = linear(y_BLD, weight("v", (D, K, H), D), axes=axes("v"))
+        q_BLNH = constrain(q_BLNH, ("batch", length, "heads", None))
+        k_BSKH = constrain(k_BSKH, ("batch", length, "kv_heads", None))
+        v_BSKH = constrain(v_BSKH, ("batch", length, "kv_heads", None))
         if k_cache is not None:
             k_cache, k_BSKH = _extend(k_cache, k_BSKH, layer, start)
             v_cache, v_BSKH = _extend(v_cache, v_BSKH, layer, start)
@@ -231,16 +237,17 @@ class Layer(nn.Module):
             v_BSKH,
             segment_ids_BL,
             k_segment_ids_BS,
-            start,
+            0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
             implementation=c.attention,
             context_parallel=c.context_parallel,
         )
-        x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), inputs=2)
+        x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), 2, axes("o"))
 
         y_BLD = rms_norm(x_BLD, scale("mlp_norm"), c.norm_eps)
-        gate_BLF = linear(y_BLD, weight("gate", (D, F), D))
-        up_BLF = linear(y_BLD, weight("up", (D, F), D))
-        x_BLD += linear(nn.silu(gate_BLF) * up_BLF, weight("down", (F, D), F, residual))
+        gate_BLF = linear(y_BLD, weight("gate", (D, F), D), axes=axes("gate"))
+        up_BLF = linear(y_BLD, weight("up", (D, F), D), axes=axes("up"))
+        y_BLF = constrain(nn.silu(gate_BLF) * up_BLF, ("batch", length, "mlp"))
+        x_BLD += linear(y_BLF, weight("down", (F, D), F, residual), axes=axes("down"))
         return (x_BLD, k_cache, v_cache), None
 
 

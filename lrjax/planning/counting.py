@@ -81,7 +81,7 @@ _COLLECTIVE = re.compile(
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|called_computations|branch_computations)="
-    r"\{?((?:%?[\w.\-]+(?:, )?)+)\}?"
+    r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -110,8 +110,8 @@ def bytes_per_mesh_axis(hlo: str, mesh) -> dict[str, int]:
             if called := _CALLED.findall(line):
                 trips = _TRIPS.search(line)
                 times = int(trips[1]) if trips and " while(" in line else 1
-                for group in called:
-                    names = (inner.strip().lstrip("%") for inner in group.split(","))
+                for several, one in called:
+                    names = (inner.strip().lstrip("%") for inner in (several or one).split(","))
                     calls[name] += [(inner, times) for inner in names if inner in lines_of]
     total: Counter = Counter()
 
