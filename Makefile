@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: setup demo showcase test lint bench clean
+.PHONY: setup demo showcase test lint bench plan clean
 
 setup: $(VENV)/.complete
 
@@ -38,5 +38,17 @@ bench: setup
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.train_step
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.scoring_memory
 
+# What the 8B run takes on a TPU slice that is not here. libtpu goes into an environment of its own: with it in .venv, JAX
+# would look for a TPU.
+PLAN_VENV := .venv-plan
+TOPOLOGY ?= v5p:2x2x4
+plan: $(PLAN_VENV)/.complete
+	$(PLAN_VENV)/bin/python -m lrjax.plan --config=configs/llama8b_128k.py --topology=$(TOPOLOGY)
+
+$(PLAN_VENV)/.complete: requirements.txt requirements-plan.txt
+	$(PYTHON) -m venv $(PLAN_VENV)
+	$(PLAN_VENV)/bin/python -m pip install -q -r requirements-plan.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PLAN_VENV) runs

@@ -32,6 +32,9 @@ def get_config(variant: str = ""):
         "mlp_dim": 14336,
         "rope_theta": 500000.0,
     }
+    # A sequence is split over all devices. Rows then have whole blocks: 16 devices x 2 chunks x 128 tokens.
+    config.mesh.update(fsdp=1, context=-1)
+    config.row_multiple = 4096
     config.window = 8192
     config.target_length = 131072
     config.train_length = 39321  # 30 %
@@ -41,7 +44,13 @@ def get_config(variant: str = ""):
     config.data.bad_document = "skip"
 
     # 96 x 104 examples of 39,321 tokens: 384M tokens.
-    paper = {"global_batch_size": 96, "learning_rate": 5e-5, "weight_decay": 0.1, "b2": 0.999}
+    paper = {
+        "global_batch_size": 96,
+        "micro_batches": 96,
+        "learning_rate": 5e-5,
+        "weight_decay": 0.1,
+        "b2": 0.999,
+    }
     config.probe = training(**paper, steps=10)
     config.probe.method = method("random", "longrecipe")
     config.score.samples = 1000
@@ -57,10 +66,24 @@ def get_config(variant: str = ""):
             pose=method("at_positions", "pose"),
             full=method("at_positions", "full"),
         )
-    elif variant:
-        raise UserError(f"configs/llama8b_128k.py: variant {variant!r}; allowed: none, baselines")
+    elif variant not in ("", "compare", "single80gb"):
+        raise UserError(
+            f"configs/llama8b_128k.py: variant {variant!r}; allowed: none, baselines, compare, single80gb"
+        )
     config.replay = training(
         **{**paper, "learning_rate": 5e-6}, steps=86, mixture={"replay": 1.0}, log_every=1
     )
     config.merge.base_weight = 0.5
+    if variant == "compare":
+        # One sequence a step, as docs/plans.md compares it with MaxText; 40,960 tokens.
+        config.train_length = 40960
+        config.extend.update(global_batch_size=1, micro_batches=1)
+    elif variant == "single80gb":
+        # One 80 GB card: parameters and moments in bfloat16, stochastically rounded (docs/plans.md says what this
+        # costs), moments and what enters each layer in the host's memory.
+        config.mesh.update(fsdp=1, context=1)
+        config.row_multiple = 128
+        config.model.remat = "offload"
+        for section in (config.probe, config.extend, config.replay):
+            section.update(state_dtype="bfloat16", offload=True)
     return config.lock()

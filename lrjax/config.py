@@ -32,6 +32,10 @@ def training(**changes) -> ConfigDict:
             "b2": 0.999,
             "clip_norm": 1.0,  # 0: no clipping
             "mark_weight": 1.0,  # loss weight of the tokens that a document marks as known answers
+            # Of parameters and optimizer state, float32 | bfloat16 (stochastically rounded); and whether the
+            # optimizer's state lies in the host's memory (training/state.py).
+            "state_dtype": "float32",
+            "offload": False,
             "checkpoint_every": 100,
             "log_every": 10,
             # Data sources (names in config.data.sources) -> share of the examples, packed to rows at plain
@@ -69,6 +73,12 @@ def default() -> ConfigDict:
     config.name = ""
     config.seed = 0
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})  # -1: all the rest
+    # Changes to the table of which logical axis is split over which mesh axes, sharding.RULES: "context",
+    # "fsdp,tensor", "".
+    config.rules = ConfigDict()
+    config.row_multiple = (
+        1  # training rows are padded to a multiple of it (a split sequence needs whole blocks)
+    )
 
     # The base: a checkpoint (HF directory, GGUF file, lrjax model, "smollm2" for the packaged one), or "" to
     # pretrain one with the phases in config.pretrain. `shape` holds fields of models.llama.LlamaConfig: those of
@@ -79,6 +89,7 @@ def default() -> ConfigDict:
             "dtype": "bfloat16",  # of the computation; parameters are float32
             "remat": "none",  # models.llama.REMAT_POLICIES
             "attention": "auto",  # models.attention.IMPLEMENTATIONS
+            "context_parallel": "gather",  # gather | ulysses: how devices share a sequence (models/context.py)
             "shape": ConfigDict(),
         }
     )

@@ -11,8 +11,9 @@ from logging import INFO
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lrjax import recipe
+from lrjax import multihost, recipe
 from lrjax.errors import UserError
+from lrjax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, configs/NAME.py[:variant]."
@@ -24,15 +25,25 @@ _STAGES = flags.DEFINE_list("stages", [], f"Only these stages: {', '.join(recipe
 def main(argv) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; see --help")
-    for flag, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
-        if value is None:
-            raise UserError(f"--{flag} is missing; see --help")
+    config = config_of_flag()
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing; see --help")
+    multihost.start()
+    try:
+        recipe.run(config, _WORKDIR.value, _STAGES.value)
+    except Preempted as notice:
+        logging.info("%s; the same command goes on", notice)
+
+
+def config_of_flag():
+    """The config that --config names."""
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; see --help")
     file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-    if not pathlib.Path(
-        file
-    ).is_file():  # ml_collections speaks of it only when a field is looked at
+    # ml_collections speaks of a missing file only when a field is looked at.
+    if not pathlib.Path(file).is_file():
         raise UserError(f"--config={file}: there is no such file")
-    recipe.run(_CONFIG.value, _WORKDIR.value, _STAGES.value)
+    return _CONFIG.value
 
 
 def parse_flags(argv):

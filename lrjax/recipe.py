@@ -16,6 +16,7 @@ goes on after a stop.
 """
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import time
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from lrjax import assessment, examples, summary
+from lrjax import assessment, examples, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import loading, orbax
@@ -45,6 +46,7 @@ from lrjax.run import (
     run_config,
 )
 from lrjax.training.loop import train
+from lrjax.training.state import shardings_of
 
 # ------------------------------------------------------------------------------------------- running
 
@@ -60,16 +62,44 @@ def run(config, workdir, only=()) -> None:
     config_lib.check(config)
     workdir = pathlib.Path(workdir)
     wd.claim(workdir, config)
-    for name in only or STAGES:
-        if wd.is_complete(workdir, name):
-            logging.info("%s: complete", name)
-            continue
-        logging.info("%s: starting", name)
-        start = time.perf_counter()
-        facts = STAGES[name](config, workdir) or {}
-        facts = {"seconds": round(time.perf_counter() - start, 3), "tokens": 0, "flops": 0} | facts
-        wd.mark_complete(workdir, name, facts)
-        logging.info("%s: done in %.1f s", name, facts["seconds"])
+    with sharding.layout(open_mesh(config), config.rules):
+        for name in only or STAGES:
+            _run_stage(config, workdir, name)
+
+
+def _run_stage(config, workdir, name) -> None:
+    if wd.is_complete(workdir, name):
+        logging.info("%s: complete", name)
+        return
+    sharding.barrier(f"start {name}")
+    logging.info("%s: starting", name)
+    start = time.perf_counter()
+    facts = STAGES[name](config, workdir) or {}
+    facts = {"seconds": round(time.perf_counter() - start, 3), "tokens": 0, "flops": 0} | facts
+    wd.mark_complete(workdir, name, facts)
+    logging.info("%s: done in %.1f s", name, facts["seconds"])
+
+
+def _on_first_process(function):
+    """Runs what needs no device and writes files; the other processes wait. The workdir is on a disk they share."""
+
+    @functools.wraps(function)
+    def stage(*args, **kwargs):
+        result = function(*args, **kwargs) if jax.process_index() == 0 else None
+        sharding.barrier(function.__name__)
+        return result
+
+    return stage
+
+
+def _write(path, rows) -> None:
+    """Writes records that all processes compute together; the first one writes."""
+    if jax.process_index() == 0:
+        write_records(path, rows)
+    else:
+        for _ in rows:
+            pass
+    sharding.barrier(str(path))
 
 
 # ------------------------------------------------------------------------------------------- import
@@ -77,27 +107,9 @@ def run(config, workdir, only=()) -> None:
 
 def import_base(config, workdir):
     """Prepares the texts and the tokenizer, and reads or pretrains the base."""
-    if config.data.prepare and not (workdir / "data" / "sources.json").exists():
-        module = importlib.import_module(config.data.prepare)
-        paths = module.prepare(workdir / "data", seed=config.seed, **config.data.prepare_args)
-        relative = {
-            name: str(pathlib.Path(path).relative_to(workdir)) for name, path in paths.items()
-        }
-        wd.write_json(workdir / "data" / "sources.json", relative)
-
     loaded = _load_source(config) if config.model.source else None
-    _import_tokenizer(config, workdir, loaded[2] if loaded else None)
+    _import_data(config, workdir, loaded[2] if loaded else None)
     tokenizer = open_tokenizer(workdir)
-
-    documents_file = workdir / "documents" / "long.array_record"
-    if not documents_file.exists():
-        count = examples.write_long_documents(
-            documents_file, open_data(config, workdir, config.data.long), tokenizer,
-            source_length=config.data.source_length or config.target_length,
-            samples=config.data.samples, budget=config.train_length, bad=config.data.bad_document,
-        )  # fmt: skip
-        logging.info("import: %d long samples", count)
-
     if orbax.is_model(checkpoint(workdir, "base")):
         return None
     if loaded:
@@ -110,6 +122,30 @@ def import_base(config, workdir):
         orbax.save_model(checkpoint(workdir, "base"), model_config, params)
         return None
     return _pretrain(config, workdir, tokenizer)
+
+
+@_on_first_process
+def _import_data(config, workdir, tokenizer_of_model):
+    """data/, tokenizer/ and documents/."""
+    if config.data.prepare and not (workdir / "data" / "sources.json").exists():
+        module = importlib.import_module(config.data.prepare)
+        paths = module.prepare(workdir / "data", seed=config.seed, **config.data.prepare_args)
+        relative = {
+            name: str(pathlib.Path(path).relative_to(workdir)) for name, path in paths.items()
+        }
+        wd.write_json(workdir / "data" / "sources.json", relative)
+
+    _import_tokenizer(config, workdir, tokenizer_of_model)
+    tokenizer = open_tokenizer(workdir)
+
+    documents_file = workdir / "documents" / "long.array_record"
+    if not documents_file.exists():
+        count = examples.write_long_documents(
+            documents_file, open_data(config, workdir, config.data.long), tokenizer,
+            source_length=config.data.source_length or config.target_length,
+            samples=config.data.samples, budget=config.train_length, bad=config.data.bad_document,
+        )  # fmt: skip
+        logging.info("import: %d long samples", count)
 
 
 def _load_source(config):
@@ -149,7 +185,7 @@ def _pretrain(config, workdir, tokenizer):
         vocab_size=tokenizer.vocab_size,
         max_position_embeddings=config.window,
     )
-    params = init_params(model_config, jax.random.key(config.seed))
+    params = init_params(model_config, jax.random.key(config.seed), shardings_of)
     total = {"tokens": 0, "flops": 0}
     for name in sorted(config.pretrain):
         phase = config.pretrain[name]
@@ -175,6 +211,7 @@ def _train(config, workdir, stage, model, section, components, length):
     params, facts = train(
         section, workdir, stage=stage, model=(run_config(config, model_config), params),
         components=components, seed=config.seed, mesh=open_mesh(config), length=length,
+        row_multiple=config.row_multiple,
     )  # fmt: skip
     orbax.save_model(checkpoint(workdir, stage), model_config, params, about={"stage": stage})
     orbax.remove_steps(checkpoint(workdir, stage))
@@ -214,7 +251,9 @@ def _extend(config, workdir, stage, method, section):
 
 def probe(config, workdir):
     """H': the base after a short extension, on text chosen without scores."""
-    _write_selection(config, workdir, "probe", config.probe.method, analysis=None)
+    _on_first_process(_write_selection)(
+        config, workdir, "probe", config.probe.method, analysis=None
+    )
     return _extend(config, workdir, "probe", config.probe.method, config.probe)
 
 
@@ -248,6 +287,12 @@ def merge(config, workdir):
     """The replayed model averaged with the base; the result carries the extended RoPE base."""
     base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
     weight = config.merge.base_weight
+    if jax.process_count() > 1:  # no process has the whole models
+        _, first = load_checkpoint(config, workdir, "base")
+        _, second = load_checkpoint(config, workdir, "replayed")
+        params = merging.merge_trees([(weight, first), (1 - weight, second)])
+        orbax.save_model(checkpoint(workdir, "merged"), orbax.load_config(replayed), params)
+        return
     merging.merge(
         {base: weight, replayed: 1 - weight}, out=checkpoint(workdir, "merged"), rope_from=replayed
     )
@@ -284,13 +329,14 @@ def score(config, workdir):
                 }
             logging.info("score: %d of %d samples", min(start + batch_size, count), count)
 
-    write_records(workdir / "scores" / "long.array_record", rows())
+    _write(workdir / "scores" / "long.array_record", rows())
     return {
         "tokens": count * length,
         "flops": 2 * forward_flops(base_config, count, length),
     }
 
 
+@_on_first_process
 def analyse(config, workdir):
     """Significance, the top fraction at each position, and the classes over-represented in it."""
     tokenizer = open_tokenizer(workdir)
@@ -310,6 +356,7 @@ def analyse(config, workdir):
     wd.write_json(workdir / "scores" / "analysis.json", analysis)
 
 
+@_on_first_process
 def select(config, workdir):
     """For every method, the sentences it keeps of each long sample, to exactly the training length."""
     analysis = wd.read_json(workdir / "scores" / "analysis.json")
@@ -386,5 +433,5 @@ STAGES = {
     "replay": replay,
     "merge": merge,
     "evaluate": assessment.evaluate,
-    "report": summary.write,
+    "report": _on_first_process(summary.write),
 }

@@ -10,7 +10,7 @@ from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig, abstract_params
-from lrjax.training.loop import shardings_of
+from lrjax.training.state import shardings_of
 
 
 def checkpoint(workdir, name: str) -> pathlib.Path:
@@ -25,7 +25,11 @@ def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
     """A checkpoint's config with the numerics of this run."""
     model = config.model
     return dataclasses.replace(
-        model_config, dtype=model.dtype, remat=model.remat, attention=model.attention
+        model_config,
+        dtype=model.dtype,
+        remat=model.remat,
+        attention=model.attention,
+        context_parallel=model.context_parallel,
     )
 
 

@@ -9,14 +9,18 @@ import os
 import pathlib
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lrjax.errors import UserError
+from lrjax.sharding import barrier
+
+_LAYOUT = ("mesh.", "rules.", "row_multiple", "model.attention", "model.context_parallel")
 
 
 def write_json(path, content) -> None:
-    """Writes JSON under a temporary name and renames it: whole or not at all."""
+    """Writes JSON under a temporary name and renames it: whole or not at all. Of several processes one writes."""
+    if jax.process_index() != 0:
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -63,19 +67,20 @@ def claim(workdir, config) -> None:
             f"{name} ({theirs.get(name, 'absent')!r} there, {mine.get(name, 'absent')!r} here)"
             for name in sorted(set(mine) | set(theirs))
             if mine.get(name, "absent") != theirs.get(name, "absent")
+            and not name.startswith(_LAYOUT)  # a run may go on on other devices
         ]
         if different:
             raise UserError(
                 f"{workdir} belongs to another config; it differs in {'; '.join(different)}; "
                 "use another --workdir or the same config"
             )
+        barrier("config")
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir}: cannot be made: {error.strerror}") from error
-    if jax.process_index() == 0:
-        write_json(file, mine)
+    write_json(file, mine)
     barrier("config")
 
 
@@ -85,12 +90,5 @@ def is_complete(workdir, stage: str) -> bool:
 
 def mark_complete(workdir, stage: str, facts: dict) -> None:
     """Records that a stage is complete: {"seconds", "tokens", "flops"}."""
-    if jax.process_index() == 0:
-        write_json(pathlib.Path(workdir) / "stages" / f"{stage}.json", facts)
+    write_json(pathlib.Path(workdir) / "stages" / f"{stage}.json", facts)
     barrier(stage)
-
-
-def barrier(name: str) -> None:
-    """Waits for the other processes of the run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

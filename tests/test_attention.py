@@ -1,4 +1,7 @@
-"""Attention: the blockwise implementation is the reference, forwards and backwards, and nobody sees ahead."""
+"""Attention: every implementation is the reference, forwards and backwards, and nobody sees ahead."""
+
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lrjax import sharding
+from lrjax.errors import UserError
 from lrjax.models import blockwise as blockwise_module
-from lrjax.models.attention import attention, reference
+from lrjax.models.attention import attention, choose, reference
 from lrjax.models.blockwise import blockwise
+from lrjax.models.gpu_attention import cudnn, triton
+from lrjax.models.splash import block_size, block_states, splash
 
 
 def make_inputs(seed, B=2, L=50, S=None, N=6, K=2, H=8, segments=3, dtype=jnp.float32):
@@ -134,3 +141,130 @@ def test_split_over_eight_devices_is_one_device(small_blocks):
     split += [jax.device_put(x, rows) for x in inputs[3:]]
     for got, want in zip(gradients(blockwise, split), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("kinds", [{"window": 5}, {"window": 21}, {"soft_cap": 1.5, "scale": 0.8}])
+def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, kinds):
+    def with_kinds(kernel):
+        return lambda *args: kernel(*args, **kinds)
+
+    inputs = make_inputs(7, L=50, segments=2)
+    out = jax.jit(with_kinds(blockwise))(*inputs)
+    np.testing.assert_allclose(out, with_kinds(reference)(*inputs), atol=2e-5)
+    ours, theirs = (gradients(with_kinds(kernel), inputs) for kernel in (blockwise, reference))
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_sliding_window_sees_so_many_keys_and_may_be_traced(small_blocks, implementation):
+    q, k, v, _, _ = make_inputs(8, B=1, L=40)
+    ids_BL = jnp.ones((1, 40), jnp.int32)
+
+    def out(v, window):
+        kinds = {"implementation": implementation, "window": window}
+        return attention(q, k, v, ids_BL, ids_BL, **kinds).sum(axis=(2, 3))
+
+    jacobian_BLBS = jax.jit(jax.jacrev(out))(v, jnp.int32(7))
+    seen_LS = jnp.abs(jacobian_BLBS[0, :, 0]).sum(axis=(2, 3)) > 0
+    expected_LS = np.tril(np.ones((40, 40), bool)) & ~np.tril(np.ones((40, 40), bool), -7)
+    np.testing.assert_array_equal(seen_LS, expected_LS)
+
+
+# ------------------------------------------------------------------------------- kernels, interpreted
+
+
+def only_real(kernel, ids_BL):
+    """The kernel with what queries of padding attend to, which no one asks for, set to 0."""
+    real = (ids_BL > 0)[..., None, None]
+    return lambda *args, **kwargs: jnp.where(real, kernel(*args, **kwargs), 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "keywords"),
+    [
+        (splash, {}),
+        (splash, {"window": 50, "soft_cap": 3.0, "scale": 0.5}),
+        (triton, {"scale": 0.5}),
+    ],
+    ids=["splash", "splash window", "triton"],
+)
+def test_kernels_are_the_reference(kernel, keywords):
+    """Two blocks, GQA, packed documents, a length that is no multiple of a block."""
+    inputs = make_inputs(0, B=2, L=200, N=4, K=2, H=16)
+    interpreted = only_real(functools.partial(kernel, interpret=True, **keywords), inputs[3])
+    expected = only_real(functools.partial(reference, **keywords), inputs[3])
+    np.testing.assert_allclose(interpreted(*inputs), expected(*inputs), atol=2e-5)
+    for got, want in zip(gradients(interpreted, inputs), gradients(expected, inputs), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_splash_with_offset_into_the_keys():
+    q, k, v, _, k_ids = make_inputs(1, L=40, S=300)
+    ids = k_ids[:, 150:190]
+    kernel = only_real(functools.partial(splash, interpret=True), ids)
+    out = jax.jit(kernel)(q, k, v, ids, k_ids, jnp.int32(150))
+    expected = only_real(reference, ids)(q, k, v, ids, k_ids, 150)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_block_states_say_what_the_mask_says(window):
+    q_index = np.concatenate([np.arange(8, 16), np.arange(48, 56)])  # two runs
+    seen = np.arange(64) <= q_index[:, None]
+    if window:
+        seen &= np.arange(64) > q_index[:, None] - window
+    states = block_states(jnp.asarray(q_index), 64, 4, 8, window)
+    blocks = seen.reshape(4, 4, 8, 8).swapaxes(1, 2)
+    expected = np.where(blocks.all((2, 3)), 2, blocks.any((2, 3)))
+    np.testing.assert_array_equal(states, expected)
+
+
+@pytest.mark.parametrize(("length", "seconds"), [(131_072, 1.0), (1_048_576, 3.0)])
+def test_the_mask_of_a_long_sequence_takes_no_time(length, seconds):
+    start = time.perf_counter()
+    block = block_size(length)
+    states = jax.jit(block_states, static_argnums=(1, 2, 3))(
+        jnp.arange(length), length, block, block
+    )
+    n = length // block
+    assert int((states > 0).sum()) == n * (n + 1) // 2
+    assert time.perf_counter() - start < seconds
+
+
+def test_cudnn_serves_rows_of_one_document_and_never_a_wrong_result():
+    q, k, v, _, _ = make_inputs(2, B=3, L=12)
+    ids = jnp.asarray([[1] * 12, [1] * 8 + [0] * 4, [1] * 6 + [2] * 6])
+    out = cudnn(q, k, v, ids, ids, implementation="xla")
+    expected = reference(q, k, v, ids, ids)
+    np.testing.assert_allclose(out[0], expected[0], atol=2e-5)
+    np.testing.assert_allclose(out[1, :8], expected[1, :8], atol=2e-5)
+    assert jnp.isnan(out[2]).all()
+
+
+def test_what_cannot_be_served_is_refused():
+    q, k, v, ids, k_ids = make_inputs(3, L=20, S=40, H=8)
+    with pytest.raises(UserError, match=r"'triton': 20 queries of 40 keys .*allowed: blockwise"):
+        attention(q, k, v, ids, k_ids, implementation="triton")
+    with pytest.raises(UserError, match="'triton': this model has a soft_cap"):
+        attention(q, q, q, ids, ids, implementation="triton", soft_cap=1.0)
+    with pytest.raises(UserError, match="'triton': head_dim 8; allowed: powers of two, 16"):
+        attention(q, q, q, ids, ids, implementation="triton")
+    with pytest.raises(UserError, match="window is fixed when it is compiled"):
+        jax.jit(lambda w: attention(q, k, v, ids, k_ids, implementation="splash", window=w))(4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "keywords", "choice"),
+    [
+        ("tpu", {}, "splash"),
+        ("gpu", {}, "triton"),
+        ("cpu", {}, "blockwise"),
+        ("gpu", {"window": 5}, "blockwise"),
+        ("gpu", {"q_offset": None}, "blockwise"),
+    ],
+)
+def test_auto_takes_what_the_platform_has(monkeypatch, platform, keywords, choice):
+    monkeypatch.setattr(sharding.Layout, "platform", platform)
+    assert choose(4096, 4096, **{"q_offset": 0, **keywords}) == choice
+    assert choose(1, 4096, 0) == "reference"  # decoding

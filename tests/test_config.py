@@ -14,7 +14,11 @@ from lrjax.training.loop import make_train_step
 from lrjax.training.optimizer import make_optimizer
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
-VARIANTS = {"tiny": ("", "quick"), "smollm2_135m": ("", "quick"), "llama8b_128k": ("", "baselines")}
+VARIANTS = {
+    "tiny": ("", "quick"),
+    "smollm2_135m": ("", "quick"),
+    "llama8b_128k": ("", "baselines", "compare", "single80gb"),
+}
 
 
 def get_config(path, variant=""):

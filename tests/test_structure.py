@@ -16,8 +16,20 @@ BELOW = {
     "models": {"errors", "sharding"},
     "checkpoints": {"errors", "sharding", "models", "data"},
     "longrecipe": {"errors", "sharding", "models", "checkpoints", "data"},
-    "training": {"errors", "sharding", "models", "checkpoints", "data", "reporting"},
+    "training": {"errors", "sharding", "preemption", "models", "checkpoints", "data", "reporting"},
     "evaluation": {"errors", "sharding", "models", "checkpoints", "data"},
+    "preemption": {"errors"},
+    "planning": {
+        "errors",
+        "sharding",
+        "models",
+        "checkpoints",
+        "data",
+        "training",
+        "evaluation",
+        "longrecipe",
+        "config",
+    },
 }
 
 

@@ -1,5 +1,8 @@
 """Training: the loss over micro-batches and shards, resuming, optimizers, and what a user gets wrong."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +15,11 @@ from lrjax.data.loader import Component
 from lrjax.errors import UserError
 from lrjax.models import head
 from lrjax.models.llama import Llama, LlamaConfig, init_params
-from lrjax.training.loop import make_train_step, shardings_of, train
+from lrjax.preemption import Preempted
+from lrjax.reporting.metrics import read_rows
+from lrjax.training.loop import make_train_step, train
 from lrjax.training.optimizer import make_optimizer, make_schedule
+from lrjax.training.state import shardings_of, stochastic_round
 
 CONFIG = LlamaConfig(
     vocab_size=40, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
@@ -46,12 +52,12 @@ def batch(seed=0, size=8):
 
 def one_step(mesh_sizes, micro_batches=1, optimizer="adamw"):
     mesh = sharding.make_mesh(mesh_sizes)
-    params = init_params(CONFIG, jax.random.key(0))
-    params = jax.device_put(params, shardings_of(params, mesh))
-    optimizer = make_optimizer(section(optimizer=optimizer))
-    state = {"params": params, "opt_state": optimizer.init(params)}
-    step = make_train_step(CONFIG, optimizer, micro_batches)
-    return step(state, jax.device_put(batch(), sharding.batch_sharding(mesh)))
+    with sharding.layout(mesh):
+        params = init_params(CONFIG, jax.random.key(0), shardings_of)
+        optimizer = make_optimizer(section(optimizer=optimizer))
+        state = {"params": params, "opt_state": optimizer.init(params)}
+        step = make_train_step(CONFIG, optimizer, micro_batches)
+        return step(state, jax.device_put(batch(), sharding.batch_sharding(mesh)))
 
 
 def test_loss_is_the_weighted_mean_over_the_global_batch():
@@ -65,7 +71,8 @@ def test_loss_is_the_weighted_mean_over_the_global_batch():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
+    "sizes",
+    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
 )
 def test_sharded_step_equals_single_device(sizes):
     state, metrics = one_step(sizes)
@@ -134,12 +141,12 @@ def example(record, rng):
     }
 
 
-def run_training(workdir, steps=6, **changes):
+def run_training(workdir, steps=6, mesh=None, **changes):
     source = [{"id": f"{start}", "start": start} for start in range(40)]
     return train(
         section(steps=steps, **changes), workdir, stage="extend",
         model=(CONFIG, init_params(CONFIG, jax.random.key(0))),
-        components=[Component(source, example, 1.0)], seed=0, mesh=sharding.make_mesh(MESH), length=LENGTH,
+        components=[Component(source, example, 1.0)], seed=0, mesh=sharding.make_mesh(mesh or MESH), length=LENGTH,
     )  # fmt: skip
 
 
@@ -171,6 +178,60 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
     read = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
     assert read[0] == read[1]
+
+
+def test_told_to_stop_it_saves_and_goes_on_on_another_mesh(tmp_path, monkeypatch):
+    """SIGTERM in step 3, between checkpoints; then the same examples on four devices in place of two."""
+    whole, _ = run_training(tmp_path / "whole", checkpoint_every=100)
+    from lrjax.training import loop
+
+    class Writer(loop.MetricWriter):
+        def write(self, step, *args):
+            super().write(step, *args)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MetricWriter", Writer)
+        with pytest.raises(Preempted, match="stopped and saved at step 3"):
+            run_training(tmp_path / "run", mesh={"fsdp": 2}, checkpoint_every=100)
+    resumed, _ = run_training(
+        tmp_path / "run", mesh={"fsdp": 2, "context": 2}, checkpoint_every=100
+    )
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows[1]], [row["loss"] for row in rows[0]], rtol=1e-4
+    )
+    jax.tree.map(  # as in test_sharded_step_equals_single_device, six steps on
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3),
+        jax.device_get(resumed), jax.device_get(whole),
+    )  # fmt: skip
+
+
+def test_bfloat16_state_learns_like_float32(tmp_path):
+    """Steps of 1e-3 on weights of 0.1 to 1 would be lost to plain rounding, and b2 = 0.999 would stand still."""
+    exact, _ = run_training(tmp_path / "exact", learning_rate=1e-3, steps=6)
+    params, _ = run_training(
+        tmp_path / "half", learning_rate=1e-3, steps=6, state_dtype="bfloat16", offload=True
+    )
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    losses = [
+        [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
+        for name in ("exact", "half")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+    start = init_params(CONFIG, jax.random.key(0))["embedding"]
+    moved, expected = (np.asarray(p["embedding"], np.float32) - start for p in (params, exact))
+    assert np.sum(moved * expected) > 0.8 * np.sum(expected * expected)
+
+
+def test_stochastic_rounding_has_the_right_mean():
+    x = jnp.full((64, 1024), 1.001)
+    rounded = stochastic_round(x, 7).astype(jnp.float32)
+    assert set(np.unique(rounded)) == {1.0, 1.0078125}
+    np.testing.assert_allclose(rounded.mean(), 1.001, atol=1e-4)
+    assert jnp.any(rounded != stochastic_round(x, 8).astype(jnp.float32))
 
 
 def test_half_written_checkpoint_falls_back_and_says_so(tmp_path, caplog):

@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from lrjax import sharding
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig, abstract_params
 
@@ -44,6 +45,7 @@ def save_model(path, config: LlamaConfig, params, *, about: dict | None = None) 
         temporary = path / (MODEL_FILE + ".tmp")
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, path / MODEL_FILE)
+    sharding.barrier(f"saved {path}")
 
 
 def load_config(path) -> LlamaConfig:
@@ -178,6 +180,7 @@ class StepCheckpoints:
         """Moves an unreadable step out of the way, to be looked at; the stage will write that step again."""
         if jax.process_index() == 0:
             shutil.move(self._path / str(step), self._path.parent / f"unreadable-step-{step}")
+        sharding.barrier(f"put aside {step}")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -191,3 +194,4 @@ def remove_steps(path) -> None:
     """Deletes the step checkpoints of a stage whose model is saved."""
     if jax.process_index() == 0:
         shutil.rmtree(pathlib.Path(path) / "steps", ignore_errors=True)
+    sharding.barrier(f"removed steps of {path}")

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from lrjax import sharding
 from lrjax.errors import UserError
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
@@ -70,9 +71,11 @@ def make_scorer(
             "logprob_base": base["logprob"],
             "logprob_extended": extended["logprob"],
         }
-        return {name: jnp.where(valid, value, 0.0) for name, value in changes.items()} | {
-            "valid": valid
-        }
+        changes = {name: jnp.where(valid, value, 0.0) for name, value in changes.items()}
+        # Whole on every process: the first one writes them.
+        return jax.tree.map(
+            lambda a: sharding.constrain(a, (None, None)), changes | {"valid": valid}
+        )
 
     return scorer
 
@@ -110,7 +113,7 @@ def score(
 
 
 def _token_stats(config, params, tokens_BL, positions_BL, segment_ids_BL, chunk):
-    if chunk is None:
+    if chunk is None and not sharding.current().split:
         chunk = max(1, CHUNK_ELEMENTS // (tokens_BL.shape[0] * config.vocab_size))
     x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
     return token_stats(params, x_BLD[:, :-1], tokens_BL[:, 1:], chunk=chunk)

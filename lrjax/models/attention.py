@@ -1,13 +1,18 @@
 """Causal grouped-query attention over packed documents.
 
 `attention(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)`: query i stands at index
-q_offset + i among the keys and sees key j iff j <= q_offset + i and both carry the same segment id. Causality
-is by index, never by the value of a position. Two implementations, tested against each other:
+q_offset + i among the keys and sees key j iff j <= q_offset + i and both carry the same segment id; with a
+sliding `window`, only if j is also among the last `window` keys up to the query. Causality and window are
+by index, never by the value of a position. The implementations are tested against each other:
 
+* `splash` (`lrjax.models.splash`): Pallas on TPUs.
+* `triton`, `cudnn` (`lrjax.models.gpu_attention`): NVIDIA GPUs; packed documents, rows of one document.
+* `blockwise` (`lrjax.models.blockwise`): any platform, memory linear in L, work only where something is seen.
 * `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences.
-* `blockwise` (`lrjax.models.blockwise`): memory linear in L, work only where something is seen.
 
-`auto` takes `reference` where the scores are few and `blockwise` elsewhere, and logs the choice once.
+One that cannot serve a request raises `UserError`. `auto` takes `reference` where the scores are few, else what suits
+the platform that the program is for, and logs the choice. On several devices (`lrjax.sharding`) every device attends
+with its part of the batch, heads and sequence (`lrjax.models.context`).
 """
 
 import functools
@@ -15,13 +20,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from lrjax import sharding
+from lrjax.errors import UserError
+from lrjax.models import context
 from lrjax.models.blockwise import blockwise
 
-IMPLEMENTATIONS = ("auto", "blockwise", "reference")
+IMPLEMENTATIONS = ("auto", "splash", "cudnn", "triton", "blockwise", "reference")
 
 # Up to so many scores per head and row, or so few queries (decoding), one pass over all of them is quicker.
 SHORT_SCORES = 256 * 256
@@ -39,6 +46,10 @@ def attention(
     q_offset: Int[Array, ""] | int = 0,
     *,
     implementation: str = "auto",
+    context_parallel: str = "gather",
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B L N H"]:
     """Attends from every query to the keys at or before its own index in the same segment.
 
@@ -50,26 +61,65 @@ def attention(
         k_segment_ids_BS: document of each key.
         q_offset: index among the keys of the first query; may be traced.
         implementation: one of `IMPLEMENTATIONS`.
+        context_parallel: one of `context.CONTEXT_PARALLEL`: how a sequence is shared where the layout splits it. With
+            "gather", queries, keys and values come in head-tail order.
+        window: keys that a query sees, itself among them; may be traced. None: all before it.
+        soft_cap: scores are squeezed into (-soft_cap, soft_cap) by soft_cap * tanh(score / soft_cap).
+        scale: of the products of queries and keys; default 1 / sqrt(H).
 
     Returns:
         The attended values in the dtype of q, under the remat name "attention".
+
+    Raises:
+        UserError: the implementation cannot serve this, or heads or length do not divide over the devices.
     """
+    L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     if implementation == "auto":
-        implementation = _choose(q_BLNH.shape[1], k_BSKH.shape[1])
-    kernel = {"blockwise": blockwise, "reference": reference}[implementation]
-    out_BLNH = kernel(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
+        implementation = choose(L, S, q_offset, context_parallel, window=window, soft_cap=soft_cap)
+    here = sharding.current()
+    own_keys = L == S and isinstance(q_offset, int)  # no cache: the sequence is split, if it is
+    shared = own_keys and here.size("length") > 1
+    if shared:
+        context.check_length(L, implementation, context_parallel)
+    kernel = functools.partial(
+        _kernel(implementation, here.platform), window=window, soft_cap=soft_cap, scale=scale
+    )
+    inputs = (q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
+    # XLA splits plain products by itself, over heads and over the keys of a cache; of a kernel it knows nothing.
+    if not here.split or (implementation == "reference" and not shared):
+        out_BLNH = kernel(*inputs)
+    else:
+        out_BLNH = context.split_attention(
+            kernel, *inputs, context_parallel=context_parallel, runs=implementation == "splash"
+        )
     return checkpoint_name(out_BLNH, "attention")
 
 
-def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset=0):
+def reference(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_segment_ids_BL,
+    k_segment_ids_BS,
+    q_offset=0,
+    *,
+    window=None,
+    soft_cap=None,
+    scale=None,
+):
     """Plain attention: all scores at once, softmax in float32. Arguments as in `attention`."""
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
     scores_BKGLS = jnp.einsum(
         "BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
-    causal_LS = jnp.arange(S) <= q_offset + jnp.arange(L)[:, None]
+    ) * (1 / math.sqrt(H) if scale is None else scale)
+    if soft_cap is not None:
+        scores_BKGLS = soft_cap * jnp.tanh(scores_BKGLS / soft_cap)
+    q_index_L1 = q_offset + jnp.arange(L)[:, None]
+    causal_LS = jnp.arange(S) <= q_index_L1
+    if window is not None:
+        causal_LS &= jnp.arange(S) > q_index_L1 - window
     same_BLS = q_segment_ids_BL[:, :, None] == k_segment_ids_BS[:, None, :]
     seen_BKGLS = (causal_LS & same_BLS)[:, None, None]
     weights_BKGLS = jax.nn.softmax(jnp.where(seen_BKGLS, scores_BKGLS, _LOW), axis=-1)
@@ -83,13 +133,54 @@ def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offs
     return out_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)
 
 
-def _choose(queries: int, keys: int) -> str:
-    few = queries <= FEW_QUERIES or queries * keys <= SHORT_SCORES
-    choice = "reference" if few else "blockwise"
-    _log_choice(choice, jax.default_backend())
+def choose(
+    L: int, S: int, q_offset=0, context_parallel="gather", *, window=None, soft_cap=None
+) -> str:
+    """What `auto` stands for: an implementation that serves the request on the current layout's platform."""
+    platform = sharding.current().platform
+    n = context.devices_along_length()
+    own_keys = L == S and isinstance(q_offset, int)
+    if L <= FEW_QUERIES or L * S <= SHORT_SCORES or (n > 1 and not own_keys):
+        choice = "reference"
+    elif platform == "tpu" and not isinstance(window, jax.Array):
+        choice = "splash"
+    elif (
+        platform == "gpu"
+        and own_keys
+        and window is None
+        and soft_cap is None
+        and (n == 1 or context_parallel == "ulysses")
+    ):
+        choice = "triton"
+    else:
+        choice = "blockwise"
+    sharding.log_once("attention=auto: %s on %s", choice, platform)
     return choice
 
 
-@functools.cache
-def _log_choice(choice: str, platform: str) -> None:
-    logging.info("attention=auto: %s on %s", choice, platform)
+def _kernel(implementation: str, platform: str):
+    if implementation == "reference":
+        return reference
+    if implementation == "blockwise":
+        return blockwise
+    wanted = "tpu" if implementation == "splash" else "gpu"
+    if platform not in (wanted, "cpu"):
+        raise UserError(
+            f"model.attention {implementation!r}: a kernel for {wanted}, this run is on {platform}; allowed: auto, "
+            "blockwise"
+        )
+    # On a CPU the kernels are interpreted: the same program, for tests.
+    interpret = platform == "cpu"
+    if interpret:
+        sharding.log_once(
+            "attention=%s on cpu is interpreted: right, and very slow", implementation
+        )
+    if implementation == "splash":
+        from lrjax.models.splash import splash
+
+        return functools.partial(splash, interpret=interpret)
+    from lrjax.models import gpu_attention
+
+    if implementation == "triton":
+        return functools.partial(gpu_attention.triton, interpret=interpret)
+    return functools.partial(gpu_attention.cudnn, implementation="xla" if interpret else "cudnn")

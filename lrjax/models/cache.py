@@ -10,6 +10,8 @@ prompt may come in chunks. Rows of different lengths are padded on the left with
 
 import jax.numpy as jnp
 
+from lrjax.sharding import current
+
 
 def init_cache(config, batch: int, max_length: int, dtype=None) -> dict:
     """An empty cache for `batch` rows of up to `max_length` tokens.
@@ -19,9 +21,16 @@ def init_cache(config, batch: int, max_length: int, dtype=None) -> dict:
     """
     shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
     dtype = jnp.dtype(dtype or config.dtype)
+    here = current()
+
+    def zeros(shape, dtype, names):
+        # On a mesh each device makes its own part: rows, key heads, and the length.
+        return jnp.zeros(shape, dtype, device=here.sharding(names, shape) if here.split else None)
+
+    axes = ("layers", "batch", "length", "kv_heads", None)
     return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
-        "segment_ids": jnp.zeros((batch, max_length), jnp.int32),
+        "k": zeros(shape, dtype, axes),
+        "v": zeros(shape, dtype, axes),
+        "segment_ids": zeros((batch, max_length), jnp.int32, ("batch", "length")),
         "length": jnp.zeros((), jnp.int32),
     }

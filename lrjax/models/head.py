@@ -2,12 +2,16 @@
 
 All functions take the whole parameter tree (tied or untied head) and the model's final hidden states. Hidden
 states at index t predict the token at t + 1; `targets_BL` are given by the caller, aligned with `x_BLD`.
-`chunk` is the number of indices of L whose logits exist at a time; by default so many that they stay below
-`CHUNK_ELEMENTS` numbers.
+`chunk` is the number of indices of L whose logits exist at a time; by default so many that a device's part of them
+stays below `CHUNK_ELEMENTS` numbers.
 
     logits_BLV = logits(params, x_BLD)                                     # small models, generation
     total, weight = weighted_cross_entropy(params, x_BLD, targets_BL, weights_BL)
     stats = token_stats(params, x_BLD, targets_BL)                         # the scorer, perplexity
+
+On a mesh (`lrjax.sharding`) the head is split over its vocabulary. Where that split and the sequence share a mesh
+axis, a chunk's hidden states are gathered along it: each device makes its own vocabulary's logits of all the tokens of
+its group, and only sums over the vocabulary travel (`lrjax.models.vocab_split`).
 """
 
 import functools
@@ -18,15 +22,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lrjax.models.linear import contract, outer_sum
+from lrjax.models.vocab_split import on_devices
+from lrjax.sharding import constrain
 
 CHUNK_ELEMENTS = 2**25  # 128 MB of float32 logits
 
 
 def logits(params, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """Logits, float32: products of compute-dtype operands, accumulated in float32."""
-    if "head" in params:
-        return contract(x_BLD, params["head"].astype(x_BLD.dtype), ((2,), (0,)))
-    return contract(x_BLD, params["embedding"].astype(x_BLD.dtype), ((2,), (1,)))
+    w, vocab_axis = _head_of(params)
+    return contract(x_BLD, w.astype(x_BLD.dtype), ((2,), (1 - vocab_axis,)))
 
 
 def token_stats(
@@ -34,21 +39,32 @@ def token_stats(
 ) -> dict[str, Float[Array, "B L"]]:
     """Per index: the target's raw logit, the mean logit over the vocabulary, the target's log-probability
     (all float32), and the argmax (int32)."""
+    w, vocab_axis = _head_of(params)
+    V = w.shape[vocab_axis]
 
-    def stats(x_BCD, targets_BC):
-        logits_BCV = logits(params, x_BCD)
-        logit_BC = _pick(logits_BCV, targets_BC)
-        return {
-            "logit": logit_BC,
-            "mean_logit": logits_BCV.mean(axis=-1),
-            "logprob": logit_BC - jax.nn.logsumexp(logits_BCV, axis=-1),
-            "argmax": jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32),
-        }
+    def local(split, w, x_BLD, targets_BL):
+        w = split.whole_width(w.astype(x_BLD.dtype))
 
-    L = targets_BL.shape[1]
-    chunks = _split(_chunk_size(params, targets_BL, chunk), x_BLD, targets_BL)
-    stats_CBc = lax.map(lambda args: stats(*args), chunks)
-    return jax.tree.map(lambda leaf: _join(leaf)[:, :L], stats_CBc)
+        def stats(x_BCD, targets_BC):
+            x_BCD, targets_BC = split.gather_tokens(x_BCD), split.gather_tokens(targets_BC)
+            logits_BCV = contract(x_BCD, w, ((2,), (1 - vocab_axis,)))
+            logit_BC = split.pick(logits_BCV, targets_BC)
+            return {
+                "logit": split.own_tokens(logit_BC),
+                "mean_logit": split.own_tokens(split.sum(logits_BCV.sum(axis=-1)) / V),
+                "logprob": split.own_tokens(logit_BC - split.logsumexp(logits_BCV)),
+                "argmax": split.own_tokens(split.argmax(logits_BCV)),
+            }
+
+        L = targets_BL.shape[1]
+        chunks = _split(_chunk_size(split, targets_BL, w, chunk), x_BLD, targets_BL)
+        stats_CBc = lax.map(lambda args: stats(*args), chunks)
+        return jax.tree.map(lambda leaf: _join(leaf)[:, :L], stats_CBc)
+
+    names = dict.fromkeys(("logit", "mean_logit", "logprob", "argmax"), "tokens")
+    stats = on_devices(local, vocab_axis, w, x_BLD, targets_BL, outputs=names)
+    # Numbers of tokens, not of states: whole on every device, so that every process can read them.
+    return jax.tree.map(lambda a: constrain(a, (None, None)), stats)
 
 
 def weighted_cross_entropy(
@@ -60,11 +76,7 @@ def weighted_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weight * cross-entropy, sum of weights), float32. Weight 0 leaves a target out."""
     weights_BL = weights_BL.astype(jnp.float32)
-    if "head" in params:
-        w, vocab_axis = params["head"], 1
-    else:
-        w, vocab_axis = params["embedding"], 0
-    chunk = _chunk_size(params, targets_BL, chunk)
+    w, vocab_axis = _head_of(params)
     return _sum_ce(w, x_BLD, targets_BL, weights_BL, vocab_axis, chunk), jnp.sum(weights_BL)
 
 
@@ -72,41 +84,57 @@ def weighted_cross_entropy(
 def _sum_ce(w, x_BLD, targets_BL, weights_BL, vocab_axis, chunk):
     """Sum of weight * cross-entropy; w is [V, D] (vocab_axis 0) or [D, V] (1)."""
 
-    def step(total, args):
-        x_BCD, targets_BC, weights_BC = args
-        logits_BCV = contract(x_BCD, w.astype(x_BCD.dtype), ((2,), (1 - vocab_axis,)))
-        ce_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _pick(logits_BCV, targets_BC)
-        return total + jnp.sum(weights_BC * ce_BC), None
+    def local(split, w, x_BLD, targets_BL, weights_BL):
+        w = split.whole_width(w.astype(x_BLD.dtype))
 
-    chunks = _split(chunk, x_BLD, targets_BL, weights_BL)
-    return lax.scan(step, jnp.zeros((), jnp.float32), chunks)[0]
+        def step(total, args):
+            x_BCD, targets_BC, weights_BC = map(split.gather_tokens, args)
+            logits_BCV = contract(x_BCD, w, ((2,), (1 - vocab_axis,)))
+            ce_BC = split.logsumexp(logits_BCV) - split.pick(logits_BCV, targets_BC)
+            return total + jnp.sum(weights_BC * ce_BC), None
+
+        chunk_ = _chunk_size(split, targets_BL, w, chunk)
+        chunks = _split(chunk_, x_BLD, targets_BL, weights_BL)
+        return split.sum_tokens(lax.scan(step, jnp.zeros((), jnp.float32), chunks)[0])
+
+    return on_devices(local, vocab_axis, w, x_BLD, targets_BL, weights_BL, outputs="scalar")
 
 
 def _sum_ce_forward(w, x_BLD, targets_BL, weights_BL, vocab_axis, chunk):
     """The sum and, while a chunk's logits are there, its gradients: they are linear in the one cotangent that
     is still to come, so no logits have to be computed a second time (as in Hsu et al. 2024, Liger Kernel)."""
 
-    def step(carry, args):
-        total, w_bar = carry
-        x_BCD, targets_BC, weights_BC = args
-        logits_BCV = contract(x_BCD, w.astype(x_BCD.dtype), ((2,), (1 - vocab_axis,)))
-        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        ce_BC = lse_BC - _pick(logits_BCV, targets_BC)
-        hit_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
-        logits_bar_BCV = (jnp.exp(logits_BCV - lse_BC[..., None]) - hit_BCV) * weights_BC[..., None]
-        logits_bar_BCV = logits_bar_BCV.astype(x_BCD.dtype)
-        x_bar_BCD = contract(logits_bar_BCV, w.astype(x_BCD.dtype), ((2,), (vocab_axis,)))
-        x_TD = x_BCD.reshape(-1, x_BCD.shape[-1])
-        logits_bar_TV = logits_bar_BCV.reshape(-1, logits_BCV.shape[-1])
-        pair = (logits_bar_TV, x_TD) if vocab_axis == 0 else (x_TD, logits_bar_TV)
-        carry = total + jnp.sum(weights_BC * ce_BC), w_bar + outer_sum(*pair)
-        return carry, (x_bar_BCD.astype(x_BCD.dtype), ce_BC)
+    def local(split, w, x_BLD, targets_BL, weights_BL):
+        dtype = w.dtype
+        w = split.whole_width(w.astype(x_BLD.dtype))
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(w.shape, jnp.float32)
-    chunks = _split(chunk, x_BLD, targets_BL, weights_BL)
-    (total, w_bar), (x_bar, ce) = lax.scan(step, start, chunks)
-    L = targets_BL.shape[1]
-    return total, (w_bar.astype(w.dtype), _join(x_bar)[:, :L], _join(ce)[:, :L])
+        def step(carry, args):
+            total, w_bar = carry
+            x_BCD, targets_BC, weights_BC = map(split.gather_tokens, args)
+            logits_BCV = contract(x_BCD, w, ((2,), (1 - vocab_axis,)))
+            lse_BC = split.logsumexp(logits_BCV)
+            ce_BC = lse_BC - split.pick(logits_BCV, targets_BC)
+            hit_BCV = split.vocabulary(logits_BCV) == targets_BC[..., None]
+            logits_bar_BCV = jnp.exp(logits_BCV - lse_BC[..., None]) - hit_BCV
+            logits_bar_BCV = (logits_bar_BCV * weights_BC[..., None]).astype(x_BCD.dtype)
+            x_bar_BCD = contract(logits_bar_BCV, w, ((2,), (vocab_axis,)))
+            x_TD = x_BCD.reshape(-1, x_BCD.shape[-1])
+            logits_bar_TV = logits_bar_BCV.reshape(-1, logits_BCV.shape[-1])
+            pair = (logits_bar_TV, x_TD) if vocab_axis == 0 else (x_TD, logits_bar_TV)
+            carry = total + jnp.sum(weights_BC * ce_BC), w_bar + outer_sum(*pair)
+            x_bar_BCD = split.sum_to_own_tokens(x_bar_BCD)
+            return carry, (x_bar_BCD.astype(x_BCD.dtype), split.own_tokens(ce_BC))
+
+        start = jnp.zeros((), jnp.float32), jnp.zeros(w.shape, jnp.float32)
+        chunk_ = _chunk_size(split, targets_BL, w, chunk)
+        chunks = _split(chunk_, x_BLD, targets_BL, weights_BL)
+        (total, w_bar), (x_bar, ce) = lax.scan(step, start, chunks)
+        L = targets_BL.shape[1]
+        w_bar = split.sum_to_own_width(w_bar).astype(dtype)
+        return split.sum_tokens(total), (w_bar, _join(x_bar)[:, :L], _join(ce)[:, :L])
+
+    outputs = "scalar", ("head", "states", "tokens")
+    return on_devices(local, vocab_axis, w, x_BLD, targets_BL, weights_BL, outputs=outputs)
 
 
 def _sum_ce_backward(vocab_axis, chunk, residuals, g):
@@ -117,10 +145,19 @@ def _sum_ce_backward(vocab_axis, chunk, residuals, g):
 _sum_ce.defvjp(_sum_ce_forward, _sum_ce_backward)
 
 
-def _chunk_size(params, targets_BL, chunk):
+def _head_of(params):
+    """The head's weight and the axis of its vocabulary: [D, V] and 1, or the tied embedding [V, D] and 0."""
+    return (params["head"], 1) if "head" in params else (params["embedding"], 0)
+
+
+def _chunk_size(split, targets_BL, w, chunk):
+    """Indices of a device's own part of L in a chunk."""
     B, L = targets_BL.shape
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // (B * params["embedding"].shape[0]))
+        logits_an_index = B * split.gathered * w.shape[split.vocab_axis]
+        chunk = max(1, CHUNK_ELEMENTS // logits_an_index)
+    else:
+        chunk = max(1, chunk // split.length_size)
     count = -(-L // min(chunk, L))
     return -(-L // count)  # as even as they come: little padding
 
@@ -140,7 +177,3 @@ def _join(a):
     """The inverse of `_split`, padding still there."""
     a = jnp.moveaxis(a, 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])
-
-
-def _pick(logits_BCV, targets_BC):
-    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]

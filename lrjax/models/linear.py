@@ -8,11 +8,14 @@ that speed, forwards and (through float32 cotangents) backwards.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from lrjax.sharding import constrain
 
 
 def contract(x, w, dimensions) -> jax.Array:
@@ -44,32 +47,47 @@ def outer_sum(x_TI, g_TO) -> jax.Array:
     return lax.platform_dependent(x_TI, g_TO, cpu=cpu, default=default)
 
 
-@jax.custom_vjp
-def _matmul(x_TI, w_IO):
-    return contract(x_TI, w_IO.astype(x_TI.dtype), ((1,), (0,))).astype(x_TI.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x_TI, w, inputs, axes):
+    return contract(x_TI, _whole(w, x_TI.dtype, inputs, axes), ((1,), (0,))).astype(x_TI.dtype)
 
 
-def _matmul_forward(x_TI, w_IO):
-    return _matmul(x_TI, w_IO), (x_TI, w_IO)
+def _matmul_forward(x_TI, w, inputs, axes):
+    return _matmul(x_TI, w, inputs, axes), (x_TI, w)
 
 
-def _matmul_backward(residuals, g_TO):
-    x_TI, w_IO = residuals
+def _matmul_backward(inputs, axes, residuals, g_TO):
+    x_TI, w = residuals
     g_TO = g_TO.astype(x_TI.dtype)
-    x_bar_TI = contract(g_TO, w_IO.astype(x_TI.dtype), ((1,), (1,))).astype(x_TI.dtype)
-    return x_bar_TI, outer_sum(x_TI, g_TO).astype(w_IO.dtype)
+    w_IO = _whole(w, x_TI.dtype, inputs, axes)
+    x_bar_TI = contract(g_TO, w_IO, ((1,), (1,))).astype(x_TI.dtype)
+    w_bar = outer_sum(x_TI, g_TO).reshape(w.shape)
+    if axes:  # where the weight lies; XLA would sum it whole on every device
+        w_bar = constrain(w_bar, axes)
+    return x_bar_TI, w_bar.astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@functools.partial(jax.jit, static_argnames="inputs", inline=True)
-def linear(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
+def _whole(w, dtype, inputs, axes):
+    """The weight [I..., O...] as [I, O] in the compute dtype, gathered over the devices that its width is split over.
+
+    XLA left to itself would gather the longer activations, or the weight before it is rounded.
+    """
+    w = w.astype(dtype)
+    if axes:
+        w = constrain(w, tuple(None if axis == "embed" else axis for axis in axes))
+    return w.reshape(math.prod(w.shape[:inputs]), -1)
+
+
+@functools.partial(jax.jit, static_argnames=("inputs", "axes"), inline=True)
+def linear(x: jax.Array, w: jax.Array, inputs: int = 1, axes: tuple | None = None) -> jax.Array:
     """x [..., I...] times w [I..., O...] -> [..., O...], contracting `inputs` axes, in the dtype of x.
 
-    q, k and v weights are [D, N, H]; the output projection [N, H, D] is contracted over two axes.
+    q, k and v weights are [D, N, H]; the output projection [N, H, D] is contracted over two axes. `axes` are the
+    logical axes of w (`lrjax.sharding`): w is gathered along "embed" and its gradient is left as w lies.
     """
-    batch, features = x.shape[: x.ndim - inputs], w.shape[:inputs]
-    width = functools.reduce(lambda a, b: a * b, features, 1)
-    y = _matmul(x.reshape(-1, width), w.reshape(width, -1))
+    batch = x.shape[: x.ndim - inputs]
+    y = _matmul(x.reshape(-1, math.prod(w.shape[:inputs])), w, inputs, axes)
     return y.reshape(*batch, *w.shape[inputs:])

@@ -19,22 +19,33 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.errors import UserError
+from lrjax.models import context
 from lrjax.models.attention import IMPLEMENTATIONS, attention
+from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
 from lrjax.models.rope import apply_rope, rope_angles
+from lrjax.sharding import constrain, current
 
-# What the backward pass finds in memory and what it computes again; "none" keeps everything.
+# What the backward pass finds in memory and what it computes again; "none" keeps everything. Under "full" that is
+# what enters each layer; "offload" moves this to the host's memory: a long sequence then costs the device little.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 LOGICAL_AXES = {
-    "embedding": ("vocab", "embed"),
+    "embedding": TABLE_AXES,
     "layers": {
         "attention_norm": ("layers", "embed"),
         "q": ("layers", "embed", "heads", "head_dim"),
@@ -47,7 +58,7 @@ LOGICAL_AXES = {
         "down": ("layers", "mlp", "embed"),
     },
     "final_norm": ("embed",),
-    "head": ("embed", "vocab"),  # absent when the embedding is tied
+    "head": ("head_embed", "vocab"),  # absent when the embedding is tied
 }
 
 
@@ -69,6 +80,7 @@ class LlamaConfig:
     dtype: str = "bfloat16"  # of activations and matmul operands; parameters keep their own
     remat: str = "none"
     attention: str = "auto"
+    context_parallel: str = "gather"  # where a sequence is split over devices
 
     def __post_init__(self):
         positive = (
@@ -90,6 +102,7 @@ class LlamaConfig:
             ("dtype", ("bfloat16", "float32")),
             ("remat", tuple(REMAT_POLICIES)),
             ("attention", IMPLEMENTATIONS),
+            ("context_parallel", context.CONTEXT_PARALLEL),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -121,12 +134,26 @@ class Llama(nn.Module):
             positions_BL = jnp.broadcast_to(start + jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
+        L = tokens_BL.shape[1]
+        head_tail = False
+        if cache is None and context.devices_along_length() > 1:
+            # Padding to whole chunks follows the sequence, so nothing sees it; it is cut off again.
+            padding = -L % context.length_multiple(c.attention, c.context_parallel)
+            tokens_BL, positions_BL, segment_ids_BL = (
+                jnp.pad(a, ((0, 0), (0, padding)))
+                for a in (tokens_BL, positions_BL, segment_ids_BL)
+            )
+            head_tail = c.context_parallel == "gather"
+        if head_tail:
+            tokens_BL, positions_BL, segment_ids_BL = (
+                context.to_head_tail(a) for a in (tokens_BL, positions_BL, segment_ids_BL)
+            )
         # Variance 1 for what enters the residual stream, unless the embedding is the head too.
         embedding_init = _normal(c.embed_dim if c.tie_embeddings else 1)
         embedding_VD = self.param(
             "embedding", embedding_init, (c.vocab_size, c.embed_dim), jnp.float32
         )
-        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0, mode="fill").astype(c.dtype)
+        x_BLD = embed(embedding_VD, tokens_BL, c.dtype)
 
         k_cache, v_cache, k_segment_ids_BS = None, None, segment_ids_BL
         if cache is not None:
@@ -156,8 +183,10 @@ class Llama(nn.Module):
         if not c.tie_embeddings:  # read by lrjax.models.head
             self.param("head", _normal(c.embed_dim), (c.embed_dim, c.vocab_size), jnp.float32)
         x_BLD = rms_norm(x_BLD, final_norm_D, c.norm_eps)
+        if head_tail:
+            x_BLD = context.from_head_tail(x_BLD)
         if cache is None:
-            return x_BLD
+            return x_BLD[:, :L]
         return x_BLD, {
             "k": k_cache,
             "v": v_cache,
@@ -185,11 +214,20 @@ class Layer(nn.Module):
         def scale(name):
             return self.param(name, nn.initializers.ones, (D,), jnp.float32)
 
+        def axes(name):
+            return LOGICAL_AXES["layers"][name][1:]
+
         x_BLD, k_cache, v_cache = carry
+        # With a cache it is the keys that are split along the length.
+        length = "length" if k_cache is None else None
+        x_BLD = checkpoint_name(constrain(x_BLD, ("batch", length, None)), "layer_input")
         y_BLD = rms_norm(x_BLD, scale("attention_norm"), c.norm_eps)
-        q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D)), *angles)
-        k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D)), *angles)
-        v_BSKH = linear(y_BLD, weight("v", (D, K, H), D))
+        q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D), axes=axes("q")), *angles)
+        k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D), axes=axes("k")), *angles)
+        v_BSKH = linear(y_BLD, weight("v", (D, K, H), D), axes=axes("v"))
+        q_BLNH = constrain(q_BLNH, ("batch", length, "heads", None))
+        k_BSKH = constrain(k_BSKH, ("batch", length, "kv_heads", None))
+        v_BSKH = constrain(v_BSKH, ("batch", length, "kv_heads", None))
         if k_cache is not None:
             k_cache, k_BSKH = _extend(k_cache, k_BSKH, layer, start)
             v_cache, v_BSKH = _extend(v_cache, v_BSKH, layer, start)
@@ -199,15 +237,17 @@ class Layer(nn.Module):
             v_BSKH,
             segment_ids_BL,
             k_segment_ids_BS,
-            start,
+            0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
             implementation=c.attention,
+            context_parallel=c.context_parallel,
         )
-        x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), inputs=2)
+        x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), 2, axes("o"))
 
         y_BLD = rms_norm(x_BLD, scale("mlp_norm"), c.norm_eps)
-        gate_BLF = linear(y_BLD, weight("gate", (D, F), D))
-        up_BLF = linear(y_BLD, weight("up", (D, F), D))
-        x_BLD += linear(nn.silu(gate_BLF) * up_BLF, weight("down", (F, D), F, residual))
+        gate_BLF = linear(y_BLD, weight("gate", (D, F), D), axes=axes("gate"))
+        up_BLF = linear(y_BLD, weight("up", (D, F), D), axes=axes("up"))
+        y_BLF = constrain(nn.silu(gate_BLF) * up_BLF, ("batch", length, "mlp"))
+        x_BLD += linear(y_BLF, weight("down", (F, D), F, residual), axes=axes("down"))
         return (x_BLD, k_cache, v_cache), None
 
 
@@ -218,10 +258,18 @@ def rms_norm(x_BLD, scale_D, eps: float):
     return (x32_BLD * inverse_BL1 * scale_D).astype(x_BLD.dtype)
 
 
-def init_params(config: LlamaConfig, rng) -> dict:
-    """Fresh float32 parameters: norms 1, weights normal with variance 1 / fan-in."""
+def init_params(config: LlamaConfig, rng, shardings_of=None) -> dict:
+    """Fresh float32 parameters: norms 1, weights normal with variance 1 / fan-in.
+
+    Args:
+        shardings_of: function (params, mesh) -> their shardings, to make them in place on the current layout's mesh.
+    """
     # Under jit only the parameters are computed, not the forward pass that flax reads their shapes from.
-    init = jax.jit(Llama(config).init)
+    mesh = current().mesh
+    where = None
+    if shardings_of is not None and mesh is not None:
+        where = {"params": shardings_of(abstract_params(config), mesh)}
+    init = jax.jit(Llama(config).init, out_shardings=where)
     return init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

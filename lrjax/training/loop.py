@@ -5,7 +5,7 @@
 `config` is a training section (see `lrjax.config.training`), `components` say where examples come from
 (`lrjax.data.loader`). The state (parameters, optimizer, global example counter) is saved every
 `checkpoint_every` steps; the same call goes on from there and gives, to the last digit, what an uninterrupted
-run gives.
+run gives. Told to stop (`lrjax.preemption`), it saves the step it is at and raises `Preempted`.
 """
 
 import functools
@@ -20,19 +20,22 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from lrjax import sharding
+from lrjax import preemption, sharding
 from lrjax.checkpoints.orbax import StepCheckpoints
 from lrjax.data.loader import make_loader
 from lrjax.errors import UserError
-from lrjax.models import head
+from lrjax.models import context, head
 from lrjax.models.flops import train_flops
-from lrjax.models.llama import LOGICAL_AXES, Llama, LlamaConfig
+from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.reporting.metrics import MetricWriter, Progress
 from lrjax.training.optimizer import make_optimizer, make_schedule
+from lrjax.training.state import apply_update, check_dtype, place, shardings_of, state_shardings
 
 
-def train(config, workdir, *, stage, model, components, seed, mesh, length):
+def train(config, workdir, *, stage, model, components, seed, mesh, length, row_multiple=1):
     """Trains a model and returns `(params, {"tokens", "flops"})`.
+
+    Laid out on `mesh` by the rules of the current layout (`lrjax.sharding`).
 
     Args:
         config: a training section: steps, global_batch_size, micro_batches, optimizer..., checkpoint_every, log_every.
@@ -43,21 +46,39 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
         seed: of the order of the examples and their transforms.
         mesh: device mesh.
         length: tokens in an example.
+        row_multiple: rows are padded to a multiple of it, with segment 0 and weight 0.
+
+    Raises:
+        UserError: a batch or a length that the mesh cannot share out, a loss that is not finite.
+        Preempted: after the state was saved.
     """
-    workdir = pathlib.Path(workdir)
+    with sharding.layout(mesh, dict(sharding.current().rules)):
+        return _train(
+            config,
+            pathlib.Path(workdir),
+            stage,
+            model,
+            components,
+            seed,
+            mesh,
+            length,
+            row_multiple,
+        )
+
+
+def _train(config, workdir, stage, model, components, seed, mesh, length, row_multiple):
     model_config, params = model
     check_batch(config, mesh, stage)
+    check_dtype(config.state_dtype)
+    row_length = check_row(model_config, length, row_multiple, stage)
 
     # ------------------------------------------------------------------------------- state, sharded
     optimizer = make_optimizer(config)
-    param_shardings = shardings_of(params, mesh)
-    params = jax.device_put(
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), param_shardings
-    )
-    init = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))
+    params = place(params, shardings_of(params, mesh), jnp.dtype(config.state_dtype))
+    shardings = state_shardings(optimizer, params, mesh, config.offload)
+    init = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])
     state = {"params": params, "opt_state": init(params)}
-    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
-    step_fn = _train_step(model_config, config.to_json(), tuple(leaves), tree)
+    step_fn = _train_step(model_config, config.to_json(), *_hashable(shardings))
 
     # ------------------------------------------------------------------------------- resume
     checkpoints = StepCheckpoints(workdir / "checkpoints" / stage / "steps")
@@ -70,19 +91,29 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
         logging.info("%s: going on from step %d of %d", stage, step, config.steps)
 
     # ------------------------------------------------------------------------------- steps
+    shape = (config.global_batch_size, row_length)
+    where = sharding.batch_sharding(mesh, shape)
+    rows, groups, group = sharding.own_rows(where, shape)
     batches = make_loader(
         components, seed=seed, global_batch_size=config.global_batch_size, start_example=next_example,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=group, process_count=groups,
     )  # fmt: skip
-    to_device = functools.partial(
-        jax.make_array_from_process_local_data, sharding.batch_sharding(mesh)
-    )
+
+    def to_device(local_bL):
+        local_bL = np.pad(local_bL, ((0, 0), (0, row_length - length)))
+        return jax.make_array_from_callback(
+            shape, where, lambda index: local_bL[rows.index(index[0].indices(shape[0])[0]) :][
+                : len(range(*index[0].indices(shape[0]))), index[1]
+            ],
+        )  # fmt: skip
+
     learning_rate = make_schedule(config)
     batch_tokens = config.global_batch_size * length
     since, since_step = time.perf_counter(), step
     with (
         MetricWriter(workdir, stage, resume_step=step) as writer,
         Progress(stage, config.steps, start=step) as progress,
+        preemption.watch() as stop,
     ):
         while step < config.steps:
             batch = jax.tree.map(to_device, next(batches))
@@ -102,8 +133,13 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
-            if step % config.checkpoint_every == 0 and step < config.steps:
+            told = stop.requested(step)
+            if (told or step % config.checkpoint_every == 0) and step < config.steps:
                 checkpoints.save(step, state, next_example)
+                if told:
+                    checkpoints.wait()
+                    checkpoints.close()
+                    raise preemption.Preempted(f"{stage}: stopped and saved at step {step}")
     checkpoints.wait()
     checkpoints.close()
     return state["params"], {
@@ -122,27 +158,23 @@ def check_batch(config, mesh, stage) -> None:
         )
 
 
-def shardings_of(params, mesh):
-    """Shardings for a parameter tree by the logical axes of its leaves."""
-    axes = {name: LOGICAL_AXES[name] for name in params}  # a tied model has no head
-    return sharding.tree_shardings(axes, mesh)
+def check_row(model_config: LlamaConfig, length: int, row_multiple: int, stage: str) -> int:
+    """The padded length of a row, or a `UserError` where the mesh cannot share it out."""
+    row_length = -(-length // row_multiple) * row_multiple
+    multiple = context.length_multiple(model_config.attention, model_config.context_parallel)
+    if row_length % multiple:
+        raise UserError(
+            f"{stage}: rows of {row_length} tokens do not divide by {multiple} (config.mesh.context "
+            f"{context.devices_along_length()} x whole blocks); allowed: config.row_multiple={multiple}"
+        )
+    if row_length > length:
+        sharding.log_once("%s: rows of %d tokens are padded to %d", stage, length, row_length)
+    return row_length
 
 
-def _optimizer_shardings(optimizer, params, mesh):
-    """An optimizer's moments lie as their parameters do; counters are everywhere."""
-
-    def names(path):
-        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-
-    known = {names(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-
-    def sharding_of(path, leaf):
-        param = known.get(names(path))
-        if param is not None and param.shape == leaf.shape:
-            return param.sharding
-        return sharding.replicated(mesh)
-
-    return jax.tree.map_with_path(sharding_of, jax.eval_shape(optimizer.init, params))
+def _hashable(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(leaves), structure
 
 
 @functools.lru_cache(maxsize=4)
@@ -160,7 +192,9 @@ def _train_step(model_config: LlamaConfig, section: str, shardings: tuple, tree)
 def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None):
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are reused.
 
-    `state_shardings` holds the new state where the old one lay; without it the compiler chooses.
+    Args:
+        state_shardings: of `lrjax.training.state`, to hold the new state where the old one lay; without it the compiler
+            chooses.
     """
     model = Llama(model_config)
 
@@ -198,14 +232,24 @@ def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, st
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
             (loss, grads), _ = jax.lax.scan(accumulate, zeros, split)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        new_state = apply_update(optimizer, grads, state, on_device)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "loss_weight": total_weight,
         }
-        return {"params": params, "opt_state": opt_state}, metrics
+        return new_state, metrics
 
+    on_device = None
+    if state_shardings is not None and any(
+        _is_offloaded(s) for s in jax.tree.leaves(state_shardings)
+    ):
+        on_device = jax.tree.map(
+            lambda s: s.with_memory_kind("device"), state_shardings["opt_state"]
+        )
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _is_offloaded(where) -> bool:
+    return where.memory_kind == "pinned_host"

@@ -1,0 +1,50 @@
+"""The token embedding on a mesh: the table is split over its width, and tokens travel, not the table.
+
+Each device looks up its part of the width for all the tokens of its group; an all-to-all then gives every device the
+whole width of its own tokens. XLA by itself would gather the table, or all tokens at full width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrjax import sharding
+
+TABLE_AXES = (None, "table_embed")
+
+
+def embed(table_VD, tokens_BL, dtype):
+    """Rows of the table, [B, L, D] in `dtype`; NaN for a token id beyond the table."""
+
+    def take(table_VD, tokens_BL):
+        return jnp.take(table_VD, tokens_BL, axis=0, mode="fill").astype(dtype)
+
+    here = sharding.current()
+    if not here.split:
+        return take(table_VD, tokens_BL)
+    table_spec = here.spec(TABLE_AXES, table_VD.shape)
+    tokens_spec = here.spec(("batch", "length"), tokens_BL.shape)
+    batch, length, width = (_axes(e) for e in (*tokens_spec, table_spec[1]))
+
+    def local(table_Vd, tokens_bl):
+        for dimension, axes in enumerate((batch, length)):
+            for axis in reversed(axes):
+                if axis in width:
+                    tokens_bl = lax.all_gather(tokens_bl, axis, axis=dimension, tiled=True)
+        x = take(table_Vd, tokens_bl)
+        for axis in reversed(width):
+            if axis in batch or axis in length:
+                x = lax.all_to_all(x, axis, 0 if axis in batch else 1, 2, tiled=True)
+            else:
+                x = lax.all_gather(x, axis, axis=2, tiled=True)
+        return x
+
+    return jax.shard_map(
+        local, mesh=here.mesh, in_specs=(table_spec, tokens_spec),
+        out_specs=here.spec(("batch", "length", None), (*tokens_BL.shape, table_VD.shape[1])),
+        check_vma=False,
+    )(table_VD, tokens_BL)  # fmt: skip
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

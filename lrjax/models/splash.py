@@ -1,0 +1,152 @@
+"""JAX's Pallas splash attention for TPUs, behind lrjax's interface: GQA, packed documents, window, soft cap.
+
+The kernel skips pairs of blocks in which nothing is seen. The library finds those by building the mask in Python (20
+to 50 s at 131,072 tokens). Here they are computed inside the program, from the first and last index of every block of
+queries: that takes no time at any length, works for queries that start anywhere (a key/value cache) and for the two
+runs of queries that a device holds under context parallelism, and leaves no constants in the program.
+
+The backward pass is the split one: the fused one writes a dq for every block of keys (16 GiB at 131,072).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask_info as mask_info_lib,
+)
+
+from lrjax.errors import UserError
+
+LANES = 128  # block sizes are multiples of it
+MAX_BLOCK = 1024  # 2,048 is over the vector memory of a v5p
+
+
+def splash(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_segment_ids_BL,
+    k_segment_ids_BS,
+    q_offset=0,
+    *,
+    window=None,
+    soft_cap=None,
+    scale=None,
+    q_index_L=None,
+    interpret=False,
+):
+    """Causal attention within segments; arguments and result as in `lrjax.models.attention.attention`.
+
+    Args:
+        q_index_L: index among the keys of every query, in place of q_offset + 0, 1, ...
+        interpret: run the kernel's Python on any platform, slowly: for tests.
+
+    Raises:
+        UserError: a window that differs between layers (a traced one): the kernel's mask is fixed.
+    """
+    if isinstance(window, jax.Array):
+        raise UserError(
+            "model.attention 'splash': its window is fixed when it is compiled, and this model's layers have "
+            "different ones; allowed: blockwise"
+        )
+    L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
+    S = k_BSKH.shape[1]
+    bq, bk = block_size(L), block_size(S)
+    if q_index_L is None:
+        q_index_L = q_offset + jnp.arange(L, dtype=jnp.int32)
+    q_index_L = _pad(q_index_L.astype(jnp.int32), bq, 0, "edge")
+    # Padding belongs to segments of its own. What a query of padding attends to is cut off below.
+    q_segment_ids_BL = _pad(q_segment_ids_BL.astype(jnp.int32), bq, 1, -1)
+    k_segment_ids_BS = _pad(k_segment_ids_BS.astype(jnp.int32), bk, 1, -2)
+    q_BNLH = _pad(q_BLNH * (H**-0.5 if scale is None else scale), bq, 1).swapaxes(1, 2)
+    k_BKSH, v_BKSH = (_pad(x, bk, 1).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
+
+    state_ij = block_states(q_index_L, k_BKSH.shape[2], bq, bk, window)
+    forward = _mask_info(state_ij, q_index_L, by_keys=False)
+    sizes = kernel_lib.BlockSizes(
+        block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk,
+        block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk,
+    )  # fmt: skip
+    kernel = kernel_lib.SplashAttentionKernel(
+        forward,
+        forward,
+        _mask_info(state_ij, q_index_L, by_keys=True),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernel_lib.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name="attention",
+        mask_function=_mask_function(window),
+        interpret=interpret,
+    )
+    segment_ids = kernel_lib.SegmentIds(q_segment_ids_BL, k_segment_ids_BS)
+    out_BNLH = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(
+        q_BNLH, k_BKSH, v_BKSH, segment_ids
+    )
+    return out_BNLH.swapaxes(1, 2)[:, :L]
+
+
+def block_size(length: int) -> int:
+    """The largest multiple of `LANES`, at most `MAX_BLOCK`, that pads `length` by no more than 2 % over what `LANES`
+    alone would."""
+    least = -(-length // LANES) * LANES
+    blocks = range(MAX_BLOCK, LANES, -LANES)
+    return next((b for b in blocks if -(-length // b) * b <= 1.02 * least), LANES)
+
+
+def block_states(q_index_L, keys: int, bq: int, bk: int, window: int | None = None):
+    """int8 [query blocks, key blocks]: 0 nothing is seen, 1 some pairs are, 2 all of them (segments left aside)."""
+    q_ib = q_index_L.reshape(-1, bq)
+    first_q, last_q = q_ib.min(axis=1)[:, None], q_ib.max(axis=1)[:, None]
+    first_k = bk * jnp.arange(keys // bk)
+    last_k = first_k + bk - 1
+    some, every = first_k <= last_q, last_k <= first_q
+    if window is not None:
+        some &= last_k > first_q - window
+        every &= first_k > last_q - window
+    return jnp.where(every, 2, some.astype(jnp.int8)).astype(jnp.int8)
+
+
+def _mask_info(state_ij, q_index_L, *, by_keys: bool):
+    """What the kernel prefetches: for every pair of blocks, whether it runs and which block it needs next.
+
+    The forward and the dq kernels go through key blocks for each query block and load key blocks; the dk, dv kernel
+    (`by_keys`) goes through query blocks for each key block and loads query blocks.
+    """
+    order = state_ij.T if by_keys else state_ij
+    rows, columns = order.shape
+    visit = jnp.arange(rows * columns, dtype=jnp.int32)
+    # The visited pair at or after each pair: its own where it is visited. Past the last one: the first column.
+    following = lax.cummin(
+        jnp.where(order.reshape(-1) > 0, visit, rows * columns), axis=0, reverse=True
+    )
+    column = jnp.where(following < rows * columns, following % columns, 0).reshape(rows, columns)
+    dtype = jnp.int8 if columns <= 128 else jnp.int16 if columns <= 2**15 else jnp.int32
+    column_ij = (column.T if by_keys else column).astype(dtype)
+    return mask_info_lib.MaskInfo(
+        data_next=column_ij[None],
+        mask_next=None,
+        block_mask=state_ij[None],
+        partial_mask_blocks=None,
+        q_sequence=q_index_L,
+    )
+
+
+@functools.cache
+def _mask_function(window: int | None):
+    """The mask inside a block; cached, since kernels are told apart by the function's identity."""
+    if window is None:
+        return lambda q_index, k_index: q_index >= k_index
+    return lambda q_index, k_index: (q_index >= k_index) & (k_index > q_index - window)
+
+
+def _pad(x, multiple, axis, value=0):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    if value == "edge":
+        return jnp.pad(x, widths, mode="edge")
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,121 @@
+"""Several processes as one run: through all stages, stopped by SIGTERM on the way, the same as one process."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from lrjax import multihost
+from lrjax.reporting.metrics import read_rows
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = ["--config=configs/tiny.py:quick", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
+
+
+def start(workdir, processes, devices, log):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "DEVICES": str(devices), "PORT": str(port),
+        "PYTHON": sys.executable,
+    }  # fmt: skip
+    return subprocess.Popen(
+        ["launch/local_processes.sh", str(processes), *FLAGS, f"--workdir={workdir}"],
+        cwd=ROOT, env=environment, stdout=log, stderr=log,
+    )  # fmt: skip
+
+
+def finish(process, log):
+    code = process.wait(timeout=900)
+    assert code == 0, pathlib.Path(log.name).read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_started_again_are_one_process(tmp_path):
+    """Two processes of two devices each: fsdp over the processes, the sequence within them."""
+    with open(tmp_path / "log", "w") as log:
+        one = start(tmp_path / "one", 1, 4, log)
+        finish(one, log)
+        two = start(tmp_path / "two", 2, 2, log)
+        wanted = '"stage": "contiguous", "step": 3'
+        deadline = time.monotonic() + 900
+        metrics = tmp_path / "two" / "metrics.jsonl"
+        while not (metrics.exists() and wanted in metrics.read_text()):
+            assert two.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        two.send_signal(signal.SIGTERM)
+        finish(two, log)
+        assert not (tmp_path / "two" / "stages" / "extend.json").exists()
+        finish(start(tmp_path / "two", 2, 2, log), log)
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert [(r["stage"], r["step"]) for r in rows[1]] == [(r["stage"], r["step"]) for r in rows[0]]
+    for mine, theirs in zip(*rows, strict=True):  # sums over processes in another order
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3), mine
+    summaries = [
+        json.loads((tmp_path / name / "report" / "summary.json").read_text())
+        for name in ("one", "two")
+    ]
+    assert list(summaries[0]["stages"]) == list(summaries[1]["stages"])
+    assert summaries[0]["evaluation"].keys() == summaries[1]["evaluation"].keys()
+    for name, tasks in summaries[0]["evaluation"].items():
+        assert tasks["short"] == pytest.approx(summaries[1]["evaluation"][name]["short"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, ""),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "3"}, "SLURM"),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_the_scheduler_is_known_by_its_variables(environment, found):
+    assert multihost.scheduler(environment) == found
+
+
+def test_a_process_without_its_number_is_a_mistake(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "lrjax.main", *FLAGS, f"--workdir={tmp_path}", "--num_processes=2"],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "--coordinator, --process_id: missing" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "arguments", "expected"),
+    [
+        ("tpu_vm.sh", {"SPOT": "1"}, ["create"], "--accelerator-type=v5p-32"),
+        ("tpu_vm.sh", {"WORKDIR": "gs://b/run"}, ["run", "--stages=extend"], "--stages=extend"),
+        ("xpk.sh", {"WORKDIR": "gs://b/run", "CLUSTER": "c", "SLICES": "2"}, [], "mesh.data=2"),
+        ("slurm.sh", {"WORKDIR": "/shared/run"}, [], "--workdir=/shared/run"),
+    ],
+)
+def test_launch_scripts_print_their_commands(script, environment, arguments, expected):
+    result = subprocess.run(
+        [ROOT / "launch" / script, *arguments],
+        cwd=ROOT, env={**os.environ, "DRY_RUN": "1", **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
+
+
+def test_kubernetes_objects_are_whole():
+    service, job = yaml.safe_load_all((ROOT / "launch" / "gke_gpu.yaml").read_text())
+    assert service["spec"]["clusterIP"] == "None"
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert f"--num_processes={job['spec']['completions']}" in container["args"]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
