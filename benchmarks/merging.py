@@ -11,15 +11,16 @@ Hugging Face directories of random weights, in float32 computation, bfloat16 out
   (where operands cancel, what is left of both results is the rounding of float32). Sources in float32, whose
   differences have no ties to speak of, and in bfloat16, which are full of them: which of the tied differences at the
   threshold of TIES are kept is chance in mergekit (an unstable sort), so elements with a tie are counted apart.
-* Speed, on `--gigabytes` each: seconds and peak of resident memory of every process, files in the page cache, best
-  of `--repeats`; `cp` copies both sources. Nobody waits for the disk.
+* Speed, on `--gigabytes` each: seconds, processor seconds and peak of resident memory of every process, files in the
+  page cache, best of `--repeats` taken in turns; `cp` copies both sources. Nobody waits for the disk.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
@@ -101,14 +102,25 @@ def write_yaml(path: pathlib.Path, method: str, models, base) -> pathlib.Path:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Seconds and peak memory of a process; its own output is shown when it fails."""
+    """Seconds, processor seconds and peak memory of a process; its output is shown when it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(map(str, command))}\n{output[-3000:]}")
-    return {"seconds": time.perf_counter() - start, "peak_bytes": usage.ru_maxrss * 1024}
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def apart(function, *arguments):
+    """Calls a function in a process of its own: a child's peak memory begins with that of its parent."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def commands(mergekit: str | None) -> dict:
@@ -204,51 +216,47 @@ def speed(
     layers = max(1, round((gigabytes * 1e9 - 4 * vocabulary * embed) / layer))
     size = {"embed": embed, "mlp": mlp, "layers": layers, "vocabulary": vocabulary}
     for seed, name in enumerate(("base", "a", "b")):
-        write_model(folder / name, size, ml_dtypes.bfloat16, seed, start=0 if seed else None)
+        apart(write_model, folder / name, size, ml_dtypes.bfloat16, seed, 0 if seed else None)
     bytes_each = (folder / "a" / "model.safetensors").stat().st_size
     subprocess.run(["sync"], check=True)
-    results = {"bytes_each": bytes_each}
     out = folder / "out"
-
-    def best(make):
-        runs = []
-        for _ in range(repeats):
-            shutil.rmtree(out, ignore_errors=True)
-            runs.append(timed(make()))
-        return min(runs, key=lambda run: run["seconds"]) | {
-            "peak_bytes": max(r["peak_bytes"] for r in runs)
-        }
-
-    def copy():
-        out.mkdir()
-        both = [str(folder / n / "model.safetensors") for n in ("a", "b")]
-        return ["sh", "-c", f"cp {both[0]} {out}/a && cp {both[1]} {out}/b"]
-
-    results["cp"] = best(copy)
+    both = [str(folder / name / "model.safetensors") for name in ("a", "b")]
+    jobs = {
+        "cp": lambda: ["sh", "-c", f"mkdir {out} && cp {both[0]} {out}/a && cp {both[1]} {out}/b"]
+    }
     for method in methods:
         base = folder / "a" if method == "slerp" else folder / "base"
         yml = write_yaml(folder / f"{method}.yml", method, [folder / "a", folder / "b"], base)
         for tool, command in commands(mergekit).items():
-            results[f"{method} {tool}"] = best(lambda c=command, y=yml: c(y, out))
-            print(f"{method} {tool}", results[f"{method} {tool}"], flush=True)
-        yml = folder / f"{method}.yml"
-        results[f"{method} lrjax, no hashes"] = best(
-            lambda y=yml: [*commands(None)["lrjax"](y, out), "--nohashes"]
-        )
+            jobs[f"{method} {tool}"] = lambda c=command, y=yml: c(y, out)
+        jobs[f"{method} lrjax, no hashes"] = lambda y=yml: [
+            *commands(None)["lrjax"](y, out), "--nohashes",
+        ]  # fmt: skip
+    results = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            shutil.rmtree(out, ignore_errors=True)
+            results[name].append(timed(job()))
+            print(name, results[name][-1], flush=True)
     shutil.rmtree(out, ignore_errors=True)
-    return results
+    keys = ("seconds", "cpu_seconds", "peak_bytes")
+    best = {
+        name: {key: min(run[key] for run in runs) for key in keys} for name, runs in results.items()
+    }
+    return {"bytes_each": bytes_each, **best}
 
 
 def show(results: dict) -> None:
     each = results["bytes_each"]
-    print(f"\n{'':32}{'seconds':>9}{'GB read/s':>11}{'peak MB':>9}{'of a model':>12}")
+    print(f"\n{'':32}{'seconds':>9}{'cpu s':>8}{'GB read/s':>11}{'peak MB':>9}{'of a model':>12}")
     for name, run in results.items():
         if name == "bytes_each":
             continue
         read = (3 if name.startswith(("task", "ties")) else 2) * each
         rate, share = read / run["seconds"] / 1e9, run["peak_bytes"] / each
         print(
-            f"{name:32}{run['seconds']:>9.2f}{rate:>11.2f}{run['peak_bytes'] / 1e6:>9.0f}{share:>12.1%}"
+            f"{name:32}{run['seconds']:>9.2f}{run['cpu_seconds']:>8.2f}{rate:>11.2f}"
+            f"{run['peak_bytes'] / 1e6:>9.0f}{share:>12.1%}"
         )
 
 
@@ -270,7 +278,7 @@ def main() -> None:
         print("no --mergekit: its rows are left out, and so is the comparison of results")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if "parity" in args.parts and args.mergekit:
-            figures["parity"] = parity(pathlib.Path(folder) / "parity", args.mergekit)
+            figures["parity"] = apart(parity, pathlib.Path(folder) / "parity", args.mergekit)
         if "speed" in args.parts:
             figures["speed"] = speed(
                 pathlib.Path(folder) / "speed", args.mergekit, args.gigabytes, args.repeats,

@@ -7,10 +7,10 @@
     python -m lrjax.merge A B --search=4 --recipe=configs/tiny.py --workdir=RUN --out=DIR
     python -m lrjax.merge A B C --soup=short --recipe=configs/tiny.py --workdir=RUN --out=C
 
-A, B, ... are Hugging Face directories with safetensors, or lrjax models; the result is the same. `--search` and `--soup`
-evaluate with the tasks of a recipe whose run is in `--workdir` (see `lrjax.merge_search`). What the settings mean is in
-`lrjax.longrecipe.merge_settings`. A mistake ends with one line on standard error and exit code 2; a merge that was
-stopped goes on with the same command.
+A, B, ... are Hugging Face directories with safetensors, or lrjax models; the result is the same. `--search` and
+`--soup` evaluate with the tasks of a recipe whose run is in `--workdir` (see `lrjax.merge_search`). What the settings
+mean is in `lrjax.longrecipe.merge_settings`. A mistake ends with one line on standard error and exit code 2; a merge
+that was stopped goes on with the same command.
 """
 
 import pathlib

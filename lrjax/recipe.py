@@ -177,7 +177,8 @@ def _train(config, workdir, stage, model, section, components, length):
         components=components, seed=config.seed, mesh=open_mesh(config), length=length,
     )  # fmt: skip
     orbax.save_model(checkpoint(workdir, stage), model_config, params, about={"stage": stage})
-    orbax.remove_steps(checkpoint(workdir, stage))
+    if not section.keep_checkpoints:
+        orbax.remove_steps(checkpoint(workdir, stage))
     return params, facts
 
 
@@ -245,12 +246,16 @@ def replay(config, workdir):
 
 
 def merge(config, workdir):
-    """The replayed model averaged with the base; the result carries the extended RoPE base."""
+    """The replayed model merged with the base; the result carries the extended RoPE base."""
     base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
-    weight = config.merge.base_weight
-    merging.merge(
-        {base: weight, replayed: 1 - weight}, out=checkpoint(workdir, "merged"), rope_from=replayed
+    weighted, settings = assessment.merge_settings(
+        config.merge, config.merge.base_weight, base, replayed
     )
+    merging.merge(
+        {path: weight for weight, path in weighted}, out=checkpoint(workdir, "merged"), rope_from=replayed,
+        overwrite=True, **settings,
+        share=merging.Share(jax.process_index(), jax.process_count(), wd.barrier),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- score, analyse, select

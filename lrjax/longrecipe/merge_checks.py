@@ -1,4 +1,4 @@
-"""Can these checkpoints be merged? Every difference is named; whose RoPE and tokenizer the result has is the user's word.
+"""Can these checkpoints be merged? Every difference is named; whose RoPE and tokenizer it shall be, the user says.
 
     notes = check(sources, rope_from=None, tokenizer_from=None)        # UserError, or differences that do not matter
 

@@ -79,10 +79,11 @@ class Linear:
             merged += term
         if all(w > 0 for w, _ in pairs) and math.isclose(math.fsum(w for w, _ in pairs), 1):
             # An average lies between its terms; rounding must not take it outside, so that what is the
-            # same in all sources stays as it is.
+            # same in all sources stays as it is. (maximum and minimum would do, but for the sign of zeros.)
             values = [x for _, x in pairs]
-            np.maximum(merged, _reduce(np.minimum, values), out=merged)
-            np.minimum(merged, _reduce(np.maximum, values), out=merged)
+            low, high = _reduce(np.minimum, values), _reduce(np.maximum, values)
+            np.copyto(merged, low, where=merged < low)
+            np.copyto(merged, high, where=merged > high)
         return merged
 
 
@@ -90,8 +91,9 @@ def _sort_network(terms: list[np.ndarray]) -> None:
     """Sorts element by element over the arrays, in place: the sum then knows no order of the sources."""
     for end in range(len(terms) - 1, 0, -1):
         for i in range(end):
-            low = np.minimum(terms[i], terms[i + 1])
-            np.maximum(terms[i], terms[i + 1], out=terms[i + 1])
+            swap = terms[i] > terms[i + 1]
+            low = np.where(swap, terms[i + 1], terms[i])
+            np.copyto(terms[i + 1], terms[i], where=swap)
             terms[i] = low
 
 
@@ -164,13 +166,13 @@ class _Differences:
             mixed += delta
         if self.elect:
             # The sign of the larger sum wins, a sum of 0 counts as positive; what points elsewhere is left out.
-            elected = np.where(mixed >= 0, np.float32(1), np.float32(-1))
+            positive = mixed >= 0
             mixed, divisor = np.zeros_like(base), np.zeros_like(base)
             for weight, delta in zip(weights, deltas, strict=True):
-                agrees = np.sign(delta) == elected
+                agrees = np.where(positive, delta > 0, delta < 0)
                 mixed += delta * agrees
                 divisor += weight * agrees
-            divisor[divisor == 0] = 1
+            divisor += divisor == 0
         else:
             divisor = sum(weights, start=np.float32(0))
             divisor = divisor if abs(divisor) >= 1e-8 else np.float32(1)
@@ -178,8 +180,11 @@ class _Differences:
             mixed /= divisor
         if parameters.scale != 1:
             mixed *= np.float32(parameters.scale)
-        # Where nothing changes, not even the sign of a zero does.
-        return np.add(base, mixed, out=base.copy(), where=mixed != 0)
+        merged = np.add(base, mixed, out=mixed)
+        # -0.0 + 0.0 is 0.0, but where nothing changes, not even the sign of a zero shall.
+        if (zero := merged == 0).any():
+            np.copyto(merged, base, where=zero & (base == 0))
+        return merged
 
 
 class TaskArithmetic(_Differences):
@@ -193,6 +198,12 @@ class Ties(_Differences):
     threshold's magnitude are among them is open in the paper: they are taken evenly spread over the tensor.
     """
 
+    DIGITS = (
+        (20, 11),
+        (10, 10),
+        (0, 10),
+    )  # (shift, width) of the bits that are looked at in a pass
+
     def __init__(self):
         super().__init__(elect=True)
 
@@ -201,28 +212,25 @@ class Ties(_Differences):
         wanted = [i for i, density in enumerate(parameters.density) if 0 < density < 1]
         if not wanted:
             return trims
-        # A float32's bits without its sign grow with its magnitude. So two histograms find the k-th largest
-        # without sorting and without holding the tensor: of the upper half of the bits, then of the lower one.
-        size = 0
-        upper = {i: np.zeros(1 << 15, np.int64) for i in wanted}
-        for _, (base, *others) in blocks():
-            size += base.size
+        # A float32's bits without its sign grow with its magnitude. So the k-th largest is found without sorting
+        # and without holding the tensor: its bits are counted from the top, a few at a time.
+        ranks, found = {}, dict.fromkeys(wanted, 0)
+        for shift, width in self.DIGITS:
+            counts = {i: np.zeros(1 << width, np.int64) for i in wanted}
+            for _, (base, *others) in blocks():
+                for i in wanted:
+                    bits = _magnitude_bits(others[i] - base)
+                    if shift + width < 31:
+                        bits = bits[bits >> (shift + width) == found[i]]
+                    digit = (bits >> shift) & ((1 << width) - 1)
+                    counts[i] += np.bincount(digit, minlength=1 << width)
             for i in wanted:
-                bits = _magnitude_bits(others[i] - base) >> 16
-                upper[i] += np.bincount(bits, minlength=1 << 15)
-        ranks, halves = {}, {}
+                if i not in ranks:  # the first pass has counted every element
+                    ranks[i] = max(1, math.floor(parameters.density[i] * int(counts[i].sum())))
+                digit, ranks[i] = _descend(counts[i], ranks[i])
+                found[i] = found[i] << width | digit
         for i in wanted:
-            keep = max(1, math.floor(parameters.density[i] * size))
-            halves[i], ranks[i] = _descend(upper[i], keep)
-        lower = {i: np.zeros(1 << 16, np.int64) for i in wanted}
-        for _, (base, *others) in blocks():
-            for i in wanted:
-                bits = _magnitude_bits(others[i] - base)
-                inside = bits[bits >> 16 == halves[i]] & 0xFFFF
-                lower[i] += np.bincount(inside, minlength=1 << 16)
-        for i in wanted:
-            low, kept = _descend(lower[i], ranks[i])
-            trims[i] = _Trim((halves[i] << 16) | low, int(lower[i][low]), kept)
+            trims[i] = _Trim(found[i], int(counts[i][found[i] & (len(counts[i]) - 1)]), ranks[i])
         return trims
 
     def thin(self, index, start, delta, parameters, prepared, name) -> np.ndarray:

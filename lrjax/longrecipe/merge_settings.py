@@ -9,7 +9,7 @@ A number may be given anew for parts of the model. Such a setting is, as in merg
     [0.0, 0.5, 1.0]                                             over the layers, interpolated from first to last
     [{"filter": "attention", "value": 0.3}, {"value": 0.5}]     the first whose filter matches the tensor
 
-A filter is a kind of tensor (attention, mlp, norm, embedding, head), a part of its name, or a pattern of it with * or ?.
+A filter is a kind of tensor (attention, mlp, norm, embedding, head), a part of its name, or a pattern with * or ?.
 Layers are numbered from 0 and lie at 0 to 1 on a list of numbers; what belongs to no layer takes the first.
 """
 

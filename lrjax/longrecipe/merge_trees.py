@@ -44,7 +44,7 @@ def merge_trees(
         base=None if base is None else "base", **settings,
     )  # fmt: skip
     trees = dict(zip(names, [params for _, params in weighted], strict=True))
-    trees = {name: trees[name] if name in trees else base for name in recipe.sources}
+    trees = {name: trees.get(name, base) for name in recipe.sources}
     leaves = [
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
         for flat in (jax.tree.leaves_with_path(tree) for tree in trees.values())

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -26,17 +25,16 @@ import numpy as np
 from absl import logging
 
 import lrjax
-from lrjax.checkpoints import streaming
+from lrjax.checkpoints import streamed_output, streaming
 from lrjax.checkpoints.streaming import DTYPES, Tensor
 from lrjax.errors import UserError
-from lrjax.longrecipe import merge_checks
-from lrjax.longrecipe.atomic import replace_directory
+from lrjax.longrecipe import merge_checks, merge_directory
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_settings import MergeRecipe, layer_of
 
-BLOCK = 1 << 17  # elements: what a method works on stays in the processor's cache
-RECORD = "merge.json"  # in the result: where it comes from
-_PLAN, _DONE, _LOCK = "merge-plan.json", "merge-done", "merge-lock"  # in the directory being built
+# Elements that are read and written at a time, and those that a method works on: they stay in the processor's cache,
+# and arrays of 64 kB are below what malloc asks the system for anew, whose clearing costs ten times the arithmetic.
+CHUNK, BLOCK = 1 << 18, 1 << 14
 
 
 class Share(NamedTuple):
@@ -45,6 +43,9 @@ class Share(NamedTuple):
     index: int = 0
     count: int = 1
     barrier: Callable[[str], None] = lambda name: None
+
+
+_ALONE = Share()
 
 
 def merge(
@@ -107,7 +108,7 @@ def run(
     threads: int | None = None,
     hashes: bool = True,
     sync: bool = False,
-    share: Share = Share(),
+    share: Share = _ALONE,
 ) -> dict:
     """Merges as a recipe says; returns the record of the merge.
 
@@ -136,9 +137,9 @@ def run(
         plan = job.plan()
         partial = out.with_name(out.name + ".partial")
         if share.index == 0:
-            stack.enter_context(_locked(partial))
-            stack.enter_context(_removed_on_mistake(partial))
-            _claim(partial, plan)
+            stack.enter_context(merge_directory.locked(partial))
+            stack.enter_context(merge_directory.removed_on_mistake(partial))
+            merge_directory.claim(partial, plan)
             job.open_output(partial)
         share.barrier("merge-begin")
         if share.index:
@@ -165,7 +166,7 @@ def run(
                     raise UserError(
                         f"{source.path}: was written to while it was merged; merge again"
                     )
-            _finish(partial, out, recipe, sources, job, record)
+            merge_directory.finish(partial, out, recipe, sources, job.tensors, job.layout, record)
         share.barrier("merge-done")
     return record
 
@@ -210,9 +211,9 @@ class _Job:
         }
         if sources[0].kind == "orbax":
             # A leaf has one dtype, and its layers lie side by side.
-            self.layout = streaming.orbax_layout(self.tensors)
+            self.layout = streamed_output.orbax_layout(self.tensors)
         else:
-            self.layout = streaming.safetensors_layout(self._files())
+            self.layout = streamed_output.safetensors_layout(self._files())
 
     def _files(self) -> dict[str, dict[str, Tensor]]:
         """The result lies in files as its first source does, so that both are read and written in order."""
@@ -226,16 +227,22 @@ class _Job:
         """What identifies a merge: its work may be gone on with where all of this is the same."""
         recipe = dataclasses.asdict(self.recipe)
         files = [source.fingerprint() for source in self.sources]
-        content = {"recipe": recipe, "files": files, "boot": _boot(), "tensors": len(self.tensors)}
+        content = {
+            "recipe": recipe,
+            "files": files,
+            "boot": merge_directory.boot(),
+            "lrjax": lrjax.__version__,
+            "tensors": len(self.tensors),
+        }
         return json.loads(json.dumps(content))
 
     def open_output(self, partial: pathlib.Path) -> None:
-        self.output = streaming.Output(partial, self.layout)
+        self.output = streamed_output.Output(partial, self.layout)
 
     def merge_tensors(self, partial: pathlib.Path) -> None:
         """Merges this process's share of what is not done yet; the journal says what is."""
         done = set()
-        for journal in partial.glob(f"{_DONE}-*"):
+        for journal in partial.glob(f"{merge_directory.JOURNAL}-*"):
             # A line without its end was being written when the process was stopped.
             done |= {line for line in journal.read_text().split("\n")[:-1]}
         mine = list(self.layout.places)[self.share.index :: self.share.count]
@@ -245,7 +252,9 @@ class _Job:
                 "merge: going on, %d of %d tensors are done", len(mine) - len(todo), len(mine)
             )
         waiting, lock, stopped = collections.deque(todo), threading.Lock(), threading.Event()
-        with open(partial / f"{_DONE}-{self.share.index}", "a", buffering=1) as journal:
+        with open(
+            partial / f"{merge_directory.JOURNAL}-{self.share.index}", "a", buffering=1
+        ) as journal:
 
             def work():
                 while not stopped.is_set():
@@ -269,27 +278,38 @@ class _Job:
         method, parameters = METHODS[self.recipe.method], self.parameters[name]
         size, dtype = self.tensors[name].size, self.tensors[name].dtype
 
+        def chunks():
+            for start in range(0, size, CHUNK):
+                stop = min(start + CHUNK, size)
+                yield start, [source.read(name, start, stop) for source in self.sources]
+
         def blocks():
-            for start in range(0, size, BLOCK):
-                stop = min(start + BLOCK, size)
-                yield start, [self._read(source, name, start, stop) for source in self.sources]
+            for start, arrays in chunks():
+                for at in range(0, len(arrays[0]), BLOCK):
+                    yield start + at, self._in_float32(name, [x[at : at + BLOCK] for x in arrays])
 
         prepared = method.prepare(blocks, parameters, name)
-        for block in blocks():
+        written = np.empty(min(CHUNK, size), dtype)
+        for start, block in blocks():
+            exact = method.combine((start, block), parameters, prepared, name)
+            at = start % CHUNK
+            merged = written[at : at + len(exact)]
             with np.errstate(over="ignore"):
-                merged = method.combine(block, parameters, prepared, name).astype(dtype)
-            if not np.isfinite(merged).all():
+                merged[:] = exact
+            if not np.isfinite(merged if dtype == np.float16 else exact).all():
                 raise UserError(
                     f"{name}: the merged values are too large for {dtype.name}; set dtype"
                 )
-            self.output.write(name, block[0], merged)
+            if start + len(exact) in (size, start - at + CHUNK):
+                self.output.write(name, start - at, written[: at + len(exact)])
 
-    def _read(self, source, name, start, stop) -> np.ndarray:
-        block = source.read(name, start, stop).astype(np.float32, copy=False)
-        if not np.isfinite(block).all():
-            raise UserError(
-                f"{source.path}: {name} holds NaN or infinite values; it cannot be merged"
-            )
+    def _in_float32(self, name, arrays) -> list[np.ndarray]:
+        block = [array.astype(np.float32, copy=False) for array in arrays]
+        for source, array in zip(self.sources, block, strict=True):
+            if not np.isfinite(array).all():
+                raise UserError(
+                    f"{source.path}: {name} holds NaN or infinite values; it cannot be merged"
+                )
         return block
 
 
@@ -305,125 +325,3 @@ class _Hashing:
 
     def stop(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-# ------------------------------------------------------------------------------------------- the directory
-
-
-@contextlib.contextmanager
-def _locked(partial: pathlib.Path):
-    """One merge at a time may build a directory."""
-    import fcntl
-
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{partial}: another merge is writing there") from error
-        yield
-
-
-@contextlib.contextmanager
-def _removed_on_mistake(partial: pathlib.Path):
-    """What cannot be merged leaves nothing behind; what is stopped does, to go on with."""
-    try:
-        yield
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _boot() -> str:
-    """What changes when the machine starts anew: work that only its memory held is not gone on with."""
-    file = pathlib.Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.is_file() else f"process {os.getpid()}"
-
-
-def _claim(partial: pathlib.Path, plan: dict) -> None:
-    """Keeps what an earlier call of the same merge left there, and removes everything else."""
-    file = partial / _PLAN
-    if file.is_file() and file.read_text() == json.dumps(plan, indent=2) + "\n":
-        return
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
-    streaming.write_json(file, plan)
-
-
-def _finish(partial, out, recipe, sources, job, record) -> None:
-    """Config, tokenizer and record into the directory; then it takes its place."""
-    paths = recipe.sources
-    carrier = sources[paths.index(recipe.rope_from) if recipe.rope_from else 0]
-    tokenizer = sources[paths.index(recipe.tokenizer_from)] if recipe.tokenizer_from else carrier
-    dtype = next(iter(job.tensors.values())).dtype.name
-    if carrier.kind == "orbax":
-        _orbax_metadata(partial, job.tensors)
-        if tokenizer_folder := _own_tokenizer(tokenizer, out):
-            shutil.copytree(tokenizer_folder, partial / "tokenizer", dirs_exist_ok=True)
-        content = {"format": "lrjax", "config": carrier.config, "about": {"merged": recipe.weight}}
-        content["about"] |= {"method": recipe.method, "rope_from": str(carrier.path)}
-        streaming.write_json(partial / "model.json", content)
-    else:
-        config = {**carrier.config}
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-        streaming.write_json(partial / "config.json", config)
-        _copy_beside(carrier.path, tokenizer.path, partial)
-        if len(job.layout.files) > 1:
-            index = {
-                "metadata": {"total_size": sum(tensor.nbytes for tensor in job.tensors.values())},
-                "weight_map": {name: file for name, (file, _) in job.layout.places.items()},
-            }
-            streaming.write_json(partial / "model.safetensors.index.json", index)
-    streaming.write_json(partial / RECORD, record)
-    for path in [partial / _PLAN, *partial.glob(f"{_DONE}-*"), partial / _LOCK]:
-        path.unlink(missing_ok=True)
-    replace_directory(partial, out)
-
-
-def _orbax_metadata(partial: pathlib.Path, tensors) -> None:
-    """Orbax's own description of the arrays, which it writes for a tree of the same names."""
-    import orbax.checkpoint as ocp
-
-    tree: dict = {}
-    for name, tensor in tensors.items():
-        leaf, layer = streaming.split_layer(name)
-        *parents, last = leaf.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = np.zeros([1] * (len(tensor.shape) + (layer is not None)), tensor.dtype)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-        checkpointer.save(partial / "names", args=ocp.args.PyTreeSave(tree), force=True)
-    for file in (partial / "names").iterdir():
-        if file.is_file():
-            os.replace(file, partial / "params" / file.name)
-    shutil.rmtree(partial / "names")
-
-
-def _own_tokenizer(source, out: pathlib.Path):
-    """The folder to copy, unless the result lies in a run that has the tokenizer already."""
-    folder = merge_checks.tokenizer_folder(source)
-    return None if folder == out.parent.parent / "tokenizer" else folder
-
-
-def _copy_beside(carrier: pathlib.Path, tokenizer: pathlib.Path, partial: pathlib.Path) -> None:
-    """The small files of a Hugging Face directory: generation settings of one source, tokenizer of another."""
-    names = (
-        "tokenizer",
-        "special_tokens_map",
-        "added_tokens",
-        "vocab",
-        "merges",
-        "chat_template",
-        "spiece",
-    )
-    for file in sorted(tokenizer.iterdir()):
-        if file.is_file() and file.name.startswith(names):
-            shutil.copyfile(file, partial / file.name)
-    if (carrier / "generation_config.json").is_file():
-        shutil.copyfile(carrier / "generation_config.json", partial / "generation_config.json")

@@ -32,10 +32,10 @@ from lrjax.training.optimizer import make_optimizer, make_schedule
 
 
 def train(config, workdir, *, stage, model, components, seed, mesh, length):
-    """Trains a model and returns `(params, {"tokens", "flops"})`.
+    """Trains a model and returns `(params, {"tokens", "flops"})`; with `ema_decay`, the average of its parameters.
 
     Args:
-        config: a training section: steps, global_batch_size, micro_batches, optimizer..., checkpoint_every, log_every.
+        config: a training section (see `lrjax.config.training`).
         workdir: of the run; metrics and checkpoints go below it.
         stage: name of the stage in metrics and checkpoints.
         model: `(LlamaConfig, params)` to start from.
@@ -56,11 +56,16 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
     )
     init = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, params, mesh))
     state = {"params": params, "opt_state": init(params)}
+    if config.ema_decay:
+        # The average starts where the training does; a step gives its buffers back, so it needs its own.
+        state["ema"] = jax.tree.map(jnp.copy, params)
     leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
     step_fn = _train_step(model_config, config.to_json(), tuple(leaves), tree)
 
     # ------------------------------------------------------------------------------- resume
-    checkpoints = StepCheckpoints(workdir / "checkpoints" / stage / "steps")
+    checkpoints = StepCheckpoints(
+        workdir / "checkpoints" / stage / "steps", keep=max(config.keep_checkpoints, 2)
+    )
     step, next_example = 0, 0
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -102,18 +107,22 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
-            if step % config.checkpoint_every == 0 and step < config.steps:
+            # The last step is the stage's model, but an average of the last ones wants it among them.
+            last = step == config.steps
+            if config.keep_checkpoints if last else step % config.checkpoint_every == 0:
                 checkpoints.save(step, state, next_example)
     checkpoints.wait()
     checkpoints.close()
-    return state["params"], {
+    return state["ema" if config.ema_decay else "params"], {
         "tokens": config.steps * batch_tokens,
         "flops": train_flops(model_config, config.steps * config.global_batch_size, length),
     }
 
 
 def check_batch(config, mesh, stage) -> None:
-    """Raises `UserError` unless the global batch divides over micro-batches and devices."""
+    """Raises `UserError` unless the global batch divides over micro-batches and devices, and ema_decay averages."""
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"{stage}: ema_decay {config.ema_decay}: allowed: 0 (off) to below 1")
     shards = sharding.batch_shards(mesh) * config.micro_batches
     if config.global_batch_size % shards:
         raise UserError(
@@ -154,13 +163,17 @@ def _train_step(model_config: LlamaConfig, section: str, shardings: tuple, tree)
         make_optimizer(section),
         section.micro_batches,
         jax.tree.unflatten(tree, shardings),
+        section.ema_decay,
     )
 
 
-def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None):
+def make_train_step(
+    model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None, ema_decay=0.0
+):
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are reused.
 
-    `state_shardings` holds the new state where the old one lay; without it the compiler chooses.
+    `state_shardings` holds the new state where the old one lay; without it the compiler chooses. With `ema_decay` d the
+    state has an "ema", which becomes d * ema + (1 - d) * params after every update.
     """
     model = Llama(model_config)
 
@@ -205,7 +218,10 @@ def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, st
             "grad_norm": optax.tree.norm(grads),
             "loss_weight": total_weight,
         }
-        return {"params": params, "opt_state": opt_state}, metrics
+        new_state = {"params": params, "opt_state": opt_state}
+        if ema_decay:
+            new_state["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
+        return new_state, metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
