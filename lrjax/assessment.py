@@ -4,7 +4,6 @@
 `evaluation/merge_curve.json`: the merged model at other weights.
 """
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -12,7 +11,8 @@ from lrjax import workdir as wd
 from lrjax.checkpoints import orbax
 from lrjax.errors import UserError
 from lrjax.evaluation import niah, perplexity
-from lrjax.longrecipe import merging
+from lrjax.longrecipe.merge_methods import METHODS
+from lrjax.longrecipe.merge_trees import merge_trees
 from lrjax.models.flops import forward_flops
 from lrjax.run import checkpoint, load_checkpoint, open_data, open_tokenizer
 
@@ -145,23 +145,74 @@ def _joined(config, workdir, tokenizer, source, section, length=0):
     return documents
 
 
+# ------------------------------------------------------------------------------------------- merges
+
+
+def merge_settings(section, base_weight: float, base, replayed) -> tuple[list, dict]:
+    """([(weight, source), ...], settings) of a merge of the base with the replayed model, by config.merge.
+
+    Methods that add differences to the base add `1 - base_weight` of the replayed model's.
+    """
+    if not METHODS[section.method].base or section.method == "slerp":
+        weighted = [(base_weight, base), (1 - base_weight, replayed)]
+        return weighted, {"method": section.method}
+    # Divided by its own weight, a single difference would always count whole.
+    settings = {"base": base, "density": section.density, "normalize": False}
+    return [(1 - base_weight, replayed)], {"method": section.method, **settings}
+
+
+def merge_tasks(config, workdir, tasks) -> dict:
+    """Of the evaluation's tasks, those that a merge is judged by: needles at the longest length, short loss."""
+    found = {name: tasks[name] for name in ("short",) if name in tasks}
+    if "niah" in tasks:
+        longest = [max(config.evaluate.niah.lengths)]
+        found["niah"] = _niah_task(config, workdir, open_tokenizer(workdir), longest)
+    return found
+
+
 def _merge_curve(config, workdir, tasks) -> None:
     """Needle accuracy at the target and short loss of the base and the replayed model at other weights."""
     if not orbax.is_model(checkpoint(workdir, "replayed")):
         return
-    tokenizer = open_tokenizer(workdir)
-    curve_tasks = {name: tasks[name] for name in ("short",) if name in tasks}
-    if "niah" in tasks:
-        longest = [max(config.evaluate.niah.lengths)]
-        curve_tasks["niah"] = _niah_task(config, workdir, tokenizer, longest)
-    _, base = load_checkpoint(config, workdir, "base")
-    model_config, replayed = load_checkpoint(config, workdir, "replayed")
+    tasks = merge_tasks(config, workdir, tasks)
+    models = {}
     points = []
     for weight in config.merge.curve:
-        params = merging.merge_trees([(weight, base), (1 - weight, replayed)])
-        params = jax.tree.map(jax.numpy.asarray, params)
         point = {"base_weight": weight}
-        for name, function in curve_tasks.items():
-            point[name] = function(model_config, params)[0]
-        points.append(point)
+        known = _known_merge(config, workdir, weight, tasks)
+        if known is None:
+            if not models:
+                models["base"] = load_checkpoint(config, workdir, "base")
+                models["replayed"] = load_checkpoint(config, workdir, "replayed")
+            weighted, settings = merge_settings(
+                config.merge, weight, models["base"][1], models["replayed"][1]
+            )
+            params = merge_trees(weighted, **settings)
+            known = {
+                name: function(models["replayed"][0], params)[0] for name, function in tasks.items()
+            }
+        points.append(point | known)
     wd.write_json(workdir / "evaluation" / "merge_curve.json", points)
+
+
+def _known_merge(config, workdir, weight: float, tasks) -> dict | None:
+    """What is evaluated already: the merged model; at 0 the replayed one, at 1 the base with a raised RoPE base."""
+    raised = [name for name, method in config.methods.items() if not method.positions]
+    name = {config.merge.base_weight: "merged", 0: "replayed", 1: raised[0] if raised else None}
+    files = {
+        task: workdir / "evaluation" / str(name.get(weight)) / f"{task}.json" for task in tasks
+    }
+    if not all(file.is_file() for file in files.values()):
+        return None
+    known = {task: wd.read_json(file) for task, file in files.items()}
+    if "niah" in known:
+        known["niah"] = _at_length(known["niah"], max(config.evaluate.niah.lengths))
+    return known
+
+
+def _at_length(result: dict, length: int) -> dict:
+    """The figures of one length of a needle result; its prompts are the same as if only they had been asked."""
+    figures = {
+        name: {str(length): result[name][str(length)]} for name in ("accuracy", "interval", "nll")
+    }
+    return figures | {"cells": [cell for cell in result["cells"] if cell["length"] == length]}

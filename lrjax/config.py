@@ -12,6 +12,7 @@ def get_config(variant=""):
 from ml_collections import ConfigDict
 
 from lrjax.errors import UserError
+from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.models.rope import paper_theta
 
 
@@ -37,6 +38,9 @@ def training(**changes) -> ConfigDict:
             "state_dtype": "float32",
             "offload": False,
             "checkpoint_every": 100,
+            # The last steps that stay when the stage is done (`lrjax.merge --last=K` averages them); 0: none
+            "keep_checkpoints": 0,
+            "ema_decay": 0.0,  # above 0: the stage's model is the moving average of its parameters
             "log_every": 10,
             # Data sources (names in config.data.sources) -> share of the examples, packed to rows at plain
             # positions. In probe and extend they come beside the long documents, whose share is the rest.
@@ -128,8 +132,14 @@ def default() -> ConfigDict:
     config.extend = training(steps=104, global_batch_size=96)
     config.replay = training(steps=50, global_batch_size=96, learning_rate=5e-6)
     config.merge = ConfigDict(
-        {"base_weight": 0.5, "curve": ()}
-    )  # curve: more base weights to evaluate
+        {
+            # longrecipe.merge_methods.METHODS; those with a base take the replayed model's difference to it
+            "method": "linear",
+            "base_weight": 0.5,  # the replayed model has the rest
+            "density": 1.0,  # ties, dare: share of the difference that is kept
+            "curve": (),  # base weights to evaluate: needles against short loss
+        }
+    )
 
     config.evaluate = ConfigDict(
         {
@@ -189,6 +199,12 @@ def check(config) -> None:
         raise UserError(
             f"config.method {config.method!r} is none of config.methods: {', '.join(config.methods)}"
         )
+    if config.merge.method not in METHODS:
+        raise UserError(
+            f"config.merge.method {config.merge.method!r}: allowed: {', '.join(METHODS)}"
+        )
+    if not 0 < config.merge.density <= 1:
+        raise UserError(f"config.merge.density {config.merge.density}: allowed: above 0, to 1")
     if not 0 <= config.merge.base_weight <= 1:
         raise UserError(
             f"config.merge.base_weight {config.merge.base_weight}: allowed: from 0 to 1"

@@ -214,7 +214,8 @@ def _train(config, workdir, stage, model, section, components, length):
         row_multiple=config.row_multiple,
     )  # fmt: skip
     orbax.save_model(checkpoint(workdir, stage), model_config, params, about={"stage": stage})
-    orbax.remove_steps(checkpoint(workdir, stage))
+    if not section.keep_checkpoints:
+        orbax.remove_steps(checkpoint(workdir, stage))
     return params, facts
 
 
@@ -284,18 +285,16 @@ def replay(config, workdir):
 
 
 def merge(config, workdir):
-    """The replayed model averaged with the base; the result carries the extended RoPE base."""
+    """The replayed model merged with the base; the result carries the extended RoPE base."""
     base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
-    weight = config.merge.base_weight
-    if jax.process_count() > 1:  # no process has the whole models
-        _, first = load_checkpoint(config, workdir, "base")
-        _, second = load_checkpoint(config, workdir, "replayed")
-        params = merging.merge_trees([(weight, first), (1 - weight, second)])
-        orbax.save_model(checkpoint(workdir, "merged"), orbax.load_config(replayed), params)
-        return
-    merging.merge(
-        {base: weight, replayed: 1 - weight}, out=checkpoint(workdir, "merged"), rope_from=replayed
+    weighted, settings = assessment.merge_settings(
+        config.merge, config.merge.base_weight, base, replayed
     )
+    merging.merge(
+        {path: weight for weight, path in weighted}, out=checkpoint(workdir, "merged"), rope_from=replayed,
+        overwrite=True, **settings,
+        share=merging.Share(jax.process_index(), jax.process_count(), wd.barrier),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- score, analyse, select

@@ -149,7 +149,7 @@ def test_page_is_closed_and_brings_everything_with_it(tmp_path, content):
     assert path == tmp_path / "report" / "index.html"
     page = Page(path.read_text())
     sources = list(page.images())
-    assert len(sources) == 2 * 7  # every picture, light and dark
+    assert len(sources) == 2 * 8  # every picture, light and dark
     for source in sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -159,7 +159,16 @@ def test_page_is_closed_and_brings_everything_with_it(tmp_path, content):
     for _, attrs in page.tags:
         assert attrs.get("href", "#").startswith("#")
     assert "url(" not in path.read_text() and "@import" not in path.read_text()
-    for name in ("methods", "needle", "perplexity", "positions", "losses", "merge", "stages"):
+    for name in (
+        "methods",
+        "needle",
+        "perplexity",
+        "positions",
+        "losses",
+        "merge",
+        "frontier",
+        "stages",
+    ):
         with PIL.Image.open(tmp_path / "report" / f"{name}.png") as image:
             image.verify()
     assert not list((tmp_path / "report").glob("*.tmp"))

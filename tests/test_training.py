@@ -1,5 +1,8 @@
 """Training: the loss over micro-batches and shards, resuming, optimizers, and what a user gets wrong."""
 
+import dataclasses
+import importlib
+import json
 import os
 import signal
 
@@ -10,9 +13,12 @@ import pytest
 
 from lrjax import config as config_lib
 from lrjax import sharding
+from lrjax.checkpoints import orbax, streaming
 from lrjax.checkpoints.orbax import StepCheckpoints
 from lrjax.data.loader import Component
 from lrjax.errors import UserError
+from lrjax.longrecipe import merging
+from lrjax.longrecipe.merge_settings import MergeRecipe
 from lrjax.models import head
 from lrjax.models.llama import Llama, LlamaConfig, init_params
 from lrjax.preemption import Preempted
@@ -25,6 +31,7 @@ CONFIG = LlamaConfig(
     vocab_size=40, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
     dtype="float32",
 )  # fmt: skip
+merge = importlib.import_module("lrjax.merge")  # `lrjax.merge` is the function
 LENGTH = 12
 MESH = {"fsdp": 1}
 
@@ -150,13 +157,66 @@ def run_training(workdir, steps=6, mesh=None, **changes):
     )  # fmt: skip
 
 
+def test_ema_is_the_moving_average_of_the_steps(tmp_path):
+    """The average of four steps, taken by hand from the steps that were kept."""
+    kept = {"checkpoint_every": 1, "keep_checkpoints": 4}
+    run_training(tmp_path / "steps", steps=4, **kept)
+    averaged, _ = run_training(tmp_path / "ema", steps=4, ema_decay=0.5)
+    expected = jax.device_get(init_params(CONFIG, jax.random.key(0)))
+    for step in range(1, 5):
+        source = streaming.open_source(described(tmp_path / "steps", step))
+        found = read_tree(source, expected)
+        expected = jax.tree.map(lambda mean, new: 0.5 * mean + 0.5 * new, expected, found)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), averaged, expected
+    )
+    merging.run(
+        MergeRecipe("linear", merge.last_steps(tmp_path / "steps" / "checkpoints" / "extend", 3)),
+        tmp_path / "mean",
+    )
+    _, mean = orbax.load_model(tmp_path / "mean")
+    trees = [
+        read_tree(streaming.open_source(described(tmp_path / "steps", step)), expected)
+        for step in (2, 3, 4)
+    ]
+    jax.tree.map(
+        lambda m, *each: np.testing.assert_allclose(m, sum(each) / 3, rtol=1e-5, atol=1e-7),
+        mean, *trees,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--last=5: .* has 4 steps"):
+        merge.last_steps(tmp_path / "steps" / "checkpoints" / "extend", 5)
+
+
+def described(workdir, step):
+    """A step of the stage, whose model.json the recipe writes when the stage is done."""
+    stage = workdir / "checkpoints" / "extend"
+    content = {"config": dataclasses.asdict(CONFIG)}
+    (stage / "model.json").write_text(json.dumps(content))
+    return stage / "steps" / str(step)
+
+
+def read_tree(source, like):
+    def leaf(path, value):
+        keys = [key.key for key in path]
+        if keys[0] != "layers":
+            return source.read(keys[0], 0, value.size).reshape(value.shape).copy()
+        names = [f"layers/{layer}/{keys[1]}" for layer in range(len(value))]
+        rows = [source.read(name, 0, value[0].size).copy() for name in names]
+        return np.stack(rows).reshape(value.shape)
+
+    return jax.tree.map_with_path(leaf, like)
+
+
 class Killed(Exception):
     pass
 
 
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
-    """Stopped after step 5 of 8, the newest checkpoint being that of step 4."""
-    whole, facts = run_training(tmp_path / "whole", steps=8)
+    """Stopped after step 5 of 8, the newest checkpoint being that of step 4.
+
+    The average is part of the state: it is compared itself, the parameters by the metrics of the steps after.
+    """
+    whole, facts = run_training(tmp_path / "whole", steps=8, ema_decay=0.9)
     assert facts["tokens"] == 8 * 8 * LENGTH
 
     from lrjax.training import loop
@@ -172,8 +232,8 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "MetricWriter", Writer)
     with pytest.raises(Killed):
-        run_training(tmp_path / "stopped", steps=8)
-    resumed, _ = run_training(tmp_path / "stopped", steps=8)
+        run_training(tmp_path / "stopped", steps=8, ema_decay=0.9)
+    resumed, _ = run_training(tmp_path / "stopped", steps=8, ema_decay=0.9)
     assert calls[:5] == [1, 2, 3, 4, 5] and calls[5] in (3, 5)  # went on, did not start anew
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
     read = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
@@ -271,6 +331,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path):
         ({"optimizer": "sgd"}, "optimizer 'sgd': allowed: adamw, muon"),
         ({"schedule": "step"}, "schedule 'step': allowed: constant, cosine, linear"),
         ({"learning_rate": 1e30}, "is nan at step"),
+        ({"ema_decay": 1.0}, r"ema_decay 1\.0: allowed: 0 \(off\) to below 1"),
     ],
 )
 def test_user_mistakes(tmp_path, changes, message):

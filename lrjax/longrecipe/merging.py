@@ -1,155 +1,327 @@
-"""Merging: the weighted average of models of one shape (LongRecipe: half the base, half the replayed model).
+"""Merging: several checkpoints of one shape become one (LongRecipe: half the base, half the replayed model).
 
     merge({"base": 0.5, "extended": 0.5}, out="merged", rope_from="extended")
-    params = merge_trees([(0.5, params_base), (0.5, params_extended)])
-    python -m lrjax.merge base extended --weights=.5,.5 --rope_from=extended --out=merged
+    merge({"math": 1.0, "code": 1.0}, out="merged", method="ties", base="base", density=0.3)
 
-Leaves are averaged in float32, one after the other, and cast at the end to the dtype of the first source; a weight
-of 1 gives that source bit for bit.
+Hugging Face directories and lrjax models are read, merged and written block by block: memory does not depend on
+their size. The result is built beside its place and renamed, so a kill at any moment leaves the old or the new; the
+same call goes on with what a stopped one has done. The methods are in `merge_methods.py`, settings and mergekit's
+YAML in `merge_settings.py`, what makes checkpoints fit in `merge_checks.py`; trees in memory are merged by
+`merge_trees.py`.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
-import math
+import json
+import os
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
-from lrjax.checkpoints import orbax
+import lrjax
+from lrjax.checkpoints import streamed_output, streaming
+from lrjax.checkpoints.streaming import DTYPES, Tensor
 from lrjax.errors import UserError
-from lrjax.models.llama import LlamaConfig
+from lrjax.longrecipe import merge_checks, merge_directory
+from lrjax.longrecipe.merge_methods import METHODS
+from lrjax.longrecipe.merge_settings import MergeRecipe, layer_of
 
-METHODS = ("linear",)
-# What extension changes of a config: the result carries these from one source, which the caller names.
-_WINDOW_FIELDS = ("rope_theta", "max_position_embeddings")
-# How a model is computed, not what it is.
-_FREE_FIELDS = ("dtype", "remat", "attention")
+# Elements that are read and written at a time, and those that a method works on: they stay in the processor's cache,
+# and arrays of 64 kB are below what malloc asks the system for anew, whose clearing costs ten times the arithmetic.
+CHUNK, BLOCK = 1 << 18, 1 << 14
 
 
-def merge(sources: Mapping, out, method: str = "linear", *, rope_from=None) -> None:
-    """Merges Orbax models and writes the result as one.
+class Share(NamedTuple):
+    """Which part of the tensors this process merges, and how it waits for the others. One process: all of them."""
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[str], None] = lambda name: None
+
+
+_ALONE = Share()
+
+
+def merge(
+    sources: Mapping,
+    out,
+    method: str = "linear",
+    *,
+    base=None,
+    density=1.0,
+    scale=1.0,
+    normalize: bool | None = None,
+    strict_sum: bool = True,
+    rescale: bool = True,
+    seed: int = 0,
+    dtype: str | None = None,
+    rope_from=None,
+    tokenizer_from=None,
+    **how,
+) -> dict:
+    """Merges checkpoints and writes the result in their format.
 
     Args:
-        sources: path of a model directory -> its weight, from 0 to 1 and 1 in all.
-        out: directory to write; none of the sources.
-        method: one of `METHODS`.
-        rope_from: the source (path as in `sources`) whose RoPE base and window the result carries; needed when
-            they differ. The result has that source's config and tokenizer, or else the first one's.
+        sources: path of a Hugging Face directory or lrjax model -> its weight. A weight, like density and scale,
+            may be a list over the layers or filters with values (see `merge_settings`).
+        out: directory to write.
+        method: one of `merge_methods.METHODS`. slerp takes two sources with weights 1 - t and t.
+        base: the model that task arithmetic, TIES and DARE take differences to.
+        density, scale, normalize, strict_sum, rescale, seed, dtype: see `merge_settings.MergeRecipe`.
+        rope_from: the source whose RoPE and window the result carries; needed when they differ. The result has that
+            source's config, or else the first one's.
+        tokenizer_from: the same for the tokenizer.
+        **how: overwrite, threads, hashes, sync, share; see `run`.
+
+    Returns:
+        The record that lies in the result as merge.json.
 
     Raises:
-        UserError: a source that is no model or does not fit the others (every difference named), values that
-            are not finite, weights that do not sum to 1, an unknown method or rope_from.
+        UserError: sources that are no models, not whole or do not fit (every difference named), values that are not
+            finite, bad weights, an output that exists, a full disk.
     """
-    if method not in METHODS:
-        raise UserError(f"merge method {method!r}; allowed: {', '.join(METHODS)}")
-    weights = {pathlib.Path(path): weight for path, weight in sources.items()}
-    names = [str(path) for path in weights]
-    if len(weights) < len(sources):
-        raise UserError(f"merge sources {', '.join(map(str, sources))}: one of them is there twice")
-    _check_weights(names, list(weights.values()))
-    if rope_from is not None and pathlib.Path(rope_from) not in weights:
-        raise UserError(
-            f"rope_from {str(rope_from)!r} is not a source; allowed: {', '.join(names)}"
-        )
-    if pathlib.Path(out).absolute() in [path.absolute() for path in weights]:
+
+    def path(value):
+        return None if value is None else str(value)
+
+    if isinstance(density, Mapping):
+        density = {str(source): value for source, value in density.items()}
+    recipe = MergeRecipe(
+        method, dict(sources), base=path(base), density=density, scale=scale, normalize=normalize,
+        strict_sum=strict_sum, rescale=rescale, seed=seed, dtype=dtype, rope_from=path(rope_from),
+        tokenizer_from=path(tokenizer_from),
+    )  # fmt: skip
+    return run(recipe, out, **how)
+
+
+def run(
+    recipe: MergeRecipe,
+    out,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    hashes: bool = True,
+    sync: bool = False,
+    share: Share = _ALONE,
+) -> dict:
+    """Merges as a recipe says; returns the record of the merge.
+
+    Args:
+        overwrite: replace what is at `out`, in one step, once the new is whole.
+        threads: tensors merged at once; default the processors there are, at most 8.
+        hashes: record the sha256 of every source file (they are read once more for it, at the same time).
+        sync: wait for the disk, so that the result outlives a power failure right after.
+        share: on several processes with one file system, this one's share of the tensors.
+
+    Raises: as `merge`.
+    """
+    out = pathlib.Path(out).absolute()
+    _check_out(out, recipe.sources, overwrite)
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for path in recipe.sources:
+            sources.append(streaming.open_source(path))
+            stack.callback(sources[-1].close)
+        notes = merge_checks.check(sources, recipe.rope_from, recipe.tokenizer_from)
+        for note in notes:
+            logging.info("merge: %s", note)
+        names = merge_checks.tensor_names(sources)
+        _warn_of_sums(recipe, names)
+        job = _Job(recipe, sources, names, threads or min(os.cpu_count() or 1, 8), share)
+        plan = job.plan()
+        partial = out.with_name(out.name + ".partial")
+        if share.index == 0:
+            stack.enter_context(merge_directory.locked(partial))
+            stack.enter_context(merge_directory.removed_on_mistake(partial))
+            merge_directory.claim(partial, plan)
+            job.open_output(partial)
+        share.barrier("merge-begin")
+        if share.index:
+            job.open_output(partial)
+        hashing = _Hashing(sources if hashes and share.index == 0 else [])
+        stack.callback(hashing.stop)
+        job.merge_tensors(partial)
+        if sync:
+            job.output.sync()
+        share.barrier("merge-end")
+        record = {
+            "format": "lrjax merge", "lrjax": lrjax.__version__, **plan["recipe"],
+            "sources": [
+                {"path": str(source.path.absolute()), "files": files}
+                for source, files in zip(sources, plan["files"], strict=True)
+            ],
+            "differences": notes,
+        }  # fmt: skip
+        if share.index == 0:
+            for entry, found in zip(record["sources"], hashing.result(), strict=False):
+                entry["sha256"] = found
+            for source, before in zip(sources, plan["files"], strict=True):
+                if source.fingerprint() != before:
+                    raise UserError(
+                        f"{source.path}: was written to while it was merged; merge again"
+                    )
+            merge_directory.finish(partial, out, recipe, sources, job.tensors, job.layout, record)
+        share.barrier("merge-done")
+    return record
+
+
+def _check_out(out: pathlib.Path, sources, overwrite: bool) -> None:
+    if out in [pathlib.Path(path).absolute() for path in sources]:
         raise UserError(f"merge out {str(out)!r} is one of the sources; choose another directory")
-    carrier = next(iter(weights)) if rope_from is None else pathlib.Path(rope_from)
-
-    configs = {path: orbax.load_config(path) for path in weights}
-    _check_configs(configs, rope_from)
-    trees = [(weight, orbax.load_model(path)[1]) for path, weight in weights.items()]
-    params = merge_trees(trees, names)
-    orbax.save_model(
-        out,
-        configs[carrier],
-        params,
-        about={
-            "merged": dict(zip(names, weights.values(), strict=True)),
-            "rope_from": str(carrier),
-        },
-    )
-    if (carrier / "tokenizer").is_dir():
-        shutil.copytree(carrier / "tokenizer", pathlib.Path(out) / "tokenizer", dirs_exist_ok=True)
+    if not out.parent.is_dir() and out.parent.exists():
+        raise UserError(f"merge out {out}: {out.parent} is no directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"merge out {out}: a file is there; choose another directory")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise UserError(f"merge out {out}: exists; choose another directory, or overwrite it")
 
 
-def merge_trees(weighted: Sequence[tuple[float, dict]], names: Sequence[str] | None = None) -> dict:
-    """The weighted average of parameter trees.
-
-    Args:
-        weighted: (weight, params) pairs; the weights from 0 to 1 and 1 in all.
-        names: what errors call the trees; default "source 0", "source 1", ...
-
-    Raises:
-        UserError: leaves that are missing or of another shape, values that are not finite, bad weights.
-    """
-    names = names or [f"source {index}" for index in range(len(weighted))]
-    weights = [weight for weight, _ in weighted]
-    _check_weights(names, weights)
-    leaves = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-        for flat in (jax.tree.leaves_with_path(params) for _, params in weighted)
-    ]
-    _check_leaves(leaves, names)
-    merged = [_average(weights, [tree[leaf] for tree in leaves], leaf, names) for leaf in leaves[0]]
-    return jax.tree.unflatten(jax.tree.structure(weighted[0][1]), merged)
+def _warn_of_sums(recipe: MergeRecipe, names) -> None:
+    if recipe.method == "linear" and not recipe.strict_sum and not recipe.normalize:
+        sums = {round(sum(recipe.parameters(name, _num_layers(names)).weight), 6) for name in names}
+        if sums != {1.0}:
+            logging.warning("merge: the weights sum to %s, not to 1", sorted(sums))
 
 
-def _average(weights, values, leaf, names):
-    for value, name in zip(values, names, strict=True):
-        if not bool(jnp.isfinite(value).all()):
-            raise UserError(f"{name}: {leaf} holds NaN or infinite values; it cannot be merged")
-    # Terms of weight 0 are left out: even -0.0 + 0.0 would change a bit.
-    terms = [
-        weight * jnp.asarray(value, jnp.float32)
-        for weight, value in zip(weights, values, strict=True)
-        if weight
-    ]
-    return sum(terms[1:], start=terms[0]).astype(values[0].dtype)
+def _num_layers(names) -> int:
+    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=0)
 
 
-def _check_weights(names, weights) -> None:
-    if not weights:
-        raise UserError("merge: no sources; at least one is needed")
-    for name, weight in zip(names, weights, strict=True):
-        if not 0 <= weight <= 1:  # NaN too
-            raise UserError(f"merge weight of {name} is {weight}; allowed is 0 to 1")
-    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise UserError(
-            f"merge weights {list(weights)} sum to {sum(weights):g}; they must sum to 1"
-        )
+# ------------------------------------------------------------------------------------------- tensors
 
 
-def _check_leaves(leaves, names) -> None:
-    first = leaves[0]
-    problems = []
-    for tree, name in zip(leaves[1:], names[1:], strict=True):
-        problems += [f"{leaf} is only in {names[0]}" for leaf in first.keys() - tree.keys()]
-        problems += [f"{leaf} is only in {name}" for leaf in tree.keys() - first.keys()]
-        problems += [
-            f"{leaf} is {tuple(first[leaf].shape)} in {names[0]}, {tuple(tree[leaf].shape)} in {name}"
-            for leaf in first.keys() & tree.keys()
-            if first[leaf].shape != tree[leaf].shape
-        ]
-    if problems:
-        raise UserError(f"the sources are not of one shape: {'; '.join(sorted(problems))}")
+class _Job:
+    """One merge: what is read, what is written, and the tensors in between."""
+
+    def __init__(self, recipe, sources, names, threads, share):
+        self.recipe, self.sources, self.threads, self.share = recipe, sources, threads, share
+        layers = _num_layers(names)
+        # All settings are read before the first byte is written.
+        self.parameters = {name: recipe.parameters(name, layers) for name in names}
+        first = sources[0].tensors
+        dtype = next((d for d in DTYPES.values() if d.name == recipe.dtype), None)
+        self.tensors = {
+            name: Tensor(first[name].shape, dtype or first[name].dtype) for name in names
+        }
+        if sources[0].kind == "orbax":
+            # A leaf has one dtype, and its layers lie side by side.
+            self.layout = streamed_output.orbax_layout(self.tensors)
+        else:
+            self.layout = streamed_output.safetensors_layout(self._files())
+
+    def _files(self) -> dict[str, dict[str, Tensor]]:
+        """The result lies in files as its first source does, so that both are read and written in order."""
+        files: dict[str, dict[str, Tensor]] = {}
+        places = self.sources[0].places
+        for name in sorted(self.tensors, key=lambda name: (str(places[name][0]), places[name][1])):
+            files.setdefault(places[name][0].name, {})[name] = self.tensors[name]
+        return files
+
+    def plan(self) -> dict:
+        """What identifies a merge: its work may be gone on with where all of this is the same."""
+        recipe = dataclasses.asdict(self.recipe)
+        files = [source.fingerprint() for source in self.sources]
+        content = {
+            "recipe": recipe,
+            "files": files,
+            "boot": merge_directory.boot(),
+            "lrjax": lrjax.__version__,
+            "tensors": len(self.tensors),
+        }
+        return json.loads(json.dumps(content))
+
+    def open_output(self, partial: pathlib.Path) -> None:
+        self.output = streamed_output.Output(partial, self.layout)
+
+    def merge_tensors(self, partial: pathlib.Path) -> None:
+        """Merges this process's share of what is not done yet; the journal says what is."""
+        done = set()
+        for journal in partial.glob(f"{merge_directory.JOURNAL}-*"):
+            # A line without its end was being written when the process was stopped.
+            done |= {line for line in journal.read_text().split("\n")[:-1]}
+        mine = list(self.layout.places)[self.share.index :: self.share.count]
+        todo = [name for name in mine if name not in done]
+        if len(todo) < len(mine):
+            logging.info(
+                "merge: going on, %d of %d tensors are done", len(mine) - len(todo), len(mine)
+            )
+        waiting, lock, stopped = collections.deque(todo), threading.Lock(), threading.Event()
+        with open(
+            partial / f"{merge_directory.JOURNAL}-{self.share.index}", "a", buffering=1
+        ) as journal:
+
+            def work():
+                while not stopped.is_set():
+                    with lock:
+                        if not waiting:
+                            return
+                        name = waiting.popleft()
+                    try:
+                        self._merge_tensor(name)
+                    except BaseException:
+                        stopped.set()
+                        raise
+                    with lock:
+                        journal.write(name + "\n")
+
+            with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+                for future in [pool.submit(work) for _ in range(self.threads)]:
+                    future.result()
+
+    def _merge_tensor(self, name: str) -> None:
+        method, parameters = METHODS[self.recipe.method], self.parameters[name]
+        size, dtype = self.tensors[name].size, self.tensors[name].dtype
+
+        def chunks():
+            for start in range(0, size, CHUNK):
+                stop = min(start + CHUNK, size)
+                yield start, [source.read(name, start, stop) for source in self.sources]
+
+        def blocks():
+            for start, arrays in chunks():
+                for at in range(0, len(arrays[0]), BLOCK):
+                    yield start + at, self._in_float32(name, [x[at : at + BLOCK] for x in arrays])
+
+        prepared = method.prepare(blocks, parameters, name)
+        written = np.empty(min(CHUNK, size), dtype)
+        for start, block in blocks():
+            exact = method.combine((start, block), parameters, prepared, name)
+            at = start % CHUNK
+            merged = written[at : at + len(exact)]
+            with np.errstate(over="ignore"):
+                merged[:] = exact
+            if not np.isfinite(merged if dtype == np.float16 else exact).all():
+                raise UserError(
+                    f"{name}: the merged values are too large for {dtype.name}; set dtype"
+                )
+            if start + len(exact) in (size, start - at + CHUNK):
+                self.output.write(name, start - at, written[: at + len(exact)])
+
+    def _in_float32(self, name, arrays) -> list[np.ndarray]:
+        block = [array.astype(np.float32, copy=False) for array in arrays]
+        for source, array in zip(self.sources, block, strict=True):
+            if not np.isfinite(array).all():
+                raise UserError(
+                    f"{source.path}: {name} holds NaN or infinite values; it cannot be merged"
+                )
+        return block
 
 
-def _check_configs(configs: Mapping[pathlib.Path, LlamaConfig], rope_from) -> None:
-    (first_path, first), *others = configs.items()
-    problems = []
-    for path, config in others:
-        for field in dataclasses.fields(LlamaConfig):
-            ours, theirs = getattr(first, field.name), getattr(config, field.name)
-            if ours == theirs or field.name in _FREE_FIELDS:
-                continue
-            if field.name not in _WINDOW_FIELDS:
-                remedy = ""
-            elif rope_from is None:
-                remedy = " (name the source to take it from with rope_from)"
-            else:
-                continue
-            problems.append(f"{field.name} is {ours} in {first_path}, {theirs} in {path}{remedy}")
-    if problems:
-        raise UserError(f"the sources cannot be merged: {'; '.join(problems)}")
+class _Hashing:
+    """sha256 of the sources in a thread of its own, while they are merged."""
+
+    def __init__(self, sources):
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._futures = [self._pool.submit(source.sha256) for source in sources]
+
+    def result(self) -> list[dict]:
+        return [future.result() for future in self._futures]
+
+    def stop(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

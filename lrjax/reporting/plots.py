@@ -299,6 +299,35 @@ def merge_curve(points: Sequence[Mapping], length: int | None = None):
 
 
 @_picture
+def merge_frontier(points: Sequence[Mapping]):
+    """What merges cost and bring: needles found over the loss in the short window, a point for each.
+
+    Args:
+        points: [{"label": its weights, "needle": (share, low, high), "loss": nats a token, "best": on the
+            frontier}, ...].
+    """
+    figure, (ax,) = _axes(1, 1, 3.4)
+    best = sorted((p for p in points if p["best"]), key=lambda point: point["loss"])
+    ax.plot(
+        [point["loss"] for point in best], [100 * point["needle"][0] for point in best],
+        color=COLOURS[0], linewidth=1.2,
+    )  # fmt: skip
+    for point in points:
+        share, low, high = (100 * value for value in point["needle"])
+        colour = COLOURS[0] if point["best"] else COLOURS[6]
+        ax.vlines(point["loss"], low, high, color=colour, alpha=0.35, linewidth=3)
+        ax.plot(point["loss"], share, "o", color=colour)
+        ax.annotate(
+            point["label"], (point["loss"], share), xytext=(6, -10), textcoords="offset points", fontsize=7.5
+        )  # fmt: skip
+    ax.set_ylim(-3, 106)
+    ax.margins(x=0.08)
+    ax.set_xlabel("loss in the short window, nats a token, mean over the sources (left is better)")
+    ax.set_title("Needles found, %, by merge weights")
+    return figure
+
+
+@_picture
 def perplexity_by_position(buckets: Mapping[str, Sequence[Mapping]], window: int | None = None):
     """Perplexity of the tokens in each bucket of positions, logarithmic.
 

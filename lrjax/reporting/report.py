@@ -28,7 +28,9 @@ OPTIONAL = {
     "loss_panels": None,
 }  # fmt: skip
 SUMMARY = ("config", "devices", "stages", "evaluation", "impact", "positions")
-PICTURES = ("methods", "needle", "perplexity", "positions", "losses", "merge", "stages")
+PICTURES = (
+    "methods", "needle", "perplexity", "positions", "losses", "merge", "frontier", "stages",
+)  # fmt: skip
 
 
 def write_report(workdir, content: Mapping) -> pathlib.Path:
@@ -134,6 +136,8 @@ def _drawings(content: Mapping, loss_rows: list[dict]) -> dict:
         add("losses", plots.loss_curves, panels)
     if content["merge_curve"]:
         add("merge", plots.merge_curve, *tables.merge_points(content["merge_curve"]))
+        if points := tables.frontier_points(content["merge_curve"]):
+            add("frontier", plots.merge_frontier, points)
     if seconds := {name: stage["seconds"] for name, stage in content["summary"]["stages"].items()}:
         add("stages", plots.stage_times, seconds)
     return drawings

@@ -182,6 +182,45 @@ def merge_points(curve: Sequence[Mapping]) -> tuple[list[dict], int | None]:
     return points, length
 
 
+def needle_share(result: Mapping) -> tuple[float, float, float]:
+    """(share, low, high) of a needle result at its longest length."""
+    found = accuracies(result)
+    return found[max(found)]
+
+
+def mean_loss(short: Mapping) -> float:
+    """Nats a token, the mean over the sources."""
+    return sum(result["nll"] for result in short.values()) / len(short)
+
+
+def frontier_points(curve: Sequence[Mapping]) -> list[dict]:
+    """The points of `plots.merge_frontier`, of the merges that have both needles and short losses.
+
+    A merge is on the frontier ("best") when no other finds more needles at no more loss, or as many at less.
+    """
+    points = []
+    for row in curve:
+        if "niah" in row and "short" in row:
+            weights = row.get("weights") or [row["base_weight"]]
+            text = ", ".join(f"{weight:.3g}" for weight in weights)
+            points.append(
+                {
+                    "label": text,
+                    "needle": needle_share(row["niah"]),
+                    "loss": mean_loss(row["short"]),
+                }
+            )
+    for point in points:
+        share, loss = point["needle"][0], point["loss"]
+        point["best"] = not any(
+            other["needle"][0] >= share
+            and other["loss"] <= loss
+            and (other["needle"][0], other["loss"]) != (share, loss)
+            for other in points
+        )
+    return points
+
+
 # ----------------------------------------------------------------------------------------------------- impact
 
 

@@ -33,12 +33,12 @@ from lrjax.training.state import apply_update, check_dtype, place, shardings_of,
 
 
 def train(config, workdir, *, stage, model, components, seed, mesh, length, row_multiple=1):
-    """Trains a model and returns `(params, {"tokens", "flops"})`.
+    """Trains a model and returns `(params, {"tokens", "flops"})`; with `ema_decay`, the average of its parameters.
 
     Laid out on `mesh` by the rules of the current layout (`lrjax.sharding`).
 
     Args:
-        config: a training section: steps, global_batch_size, micro_batches, optimizer..., checkpoint_every, log_every.
+        config: a training section (see `lrjax.config.training`).
         workdir: of the run; metrics and checkpoints go below it.
         stage: name of the stage in metrics and checkpoints.
         model: `(LlamaConfig, params)` to start from.
@@ -78,10 +78,15 @@ def _train(config, workdir, stage, model, components, seed, mesh, length, row_mu
     shardings = state_shardings(optimizer, params, mesh, config.offload)
     init = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])
     state = {"params": params, "opt_state": init(params)}
+    if config.ema_decay:
+        # The average starts where the training does; a step gives its buffers back, so it needs its own.
+        state["ema"], shardings["ema"] = jax.tree.map(jnp.copy, params), shardings["params"]
     step_fn = _train_step(model_config, config.to_json(), *_hashable(shardings))
 
     # ------------------------------------------------------------------------------- resume
-    checkpoints = StepCheckpoints(workdir / "checkpoints" / stage / "steps")
+    checkpoints = StepCheckpoints(
+        workdir / "checkpoints" / stage / "steps", keep=max(config.keep_checkpoints, 2)
+    )
     step, next_example = 0, 0
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -133,8 +138,9 @@ def _train(config, workdir, stage, model, components, seed, mesh, length, row_mu
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
-            told = stop.requested(step)
-            if (told or step % config.checkpoint_every == 0) and step < config.steps:
+            told, last = stop.requested(step), step == config.steps
+            # The last step is the stage's model, but an average of the last ones wants it among them.
+            if config.keep_checkpoints if last else told or step % config.checkpoint_every == 0:
                 checkpoints.save(step, state, next_example)
                 if told:
                     checkpoints.wait()
@@ -142,14 +148,21 @@ def _train(config, workdir, stage, model, components, seed, mesh, length, row_mu
                     raise preemption.Preempted(f"{stage}: stopped and saved at step {step}")
     checkpoints.wait()
     checkpoints.close()
-    return state["params"], {
+    return state["ema" if config.ema_decay else "params"], {
         "tokens": config.steps * batch_tokens,
         "flops": train_flops(model_config, config.steps * config.global_batch_size, length),
     }
 
 
 def check_batch(config, mesh, stage) -> None:
-    """Raises `UserError` unless the global batch divides over micro-batches and devices."""
+    """Raises `UserError` unless the global batch divides over micro-batches and devices, and ema_decay averages."""
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"{stage}: ema_decay {config.ema_decay}: allowed: 0 (off) to below 1")
+    if config.ema_decay and config.state_dtype != "float32":
+        raise UserError(
+            f"{stage}: ema_decay {config.ema_decay} with state_dtype {config.state_dtype!r}; allowed: float32, "
+            "since an average of small steps is lost in fewer bits"
+        )
     shards = sharding.batch_shards(mesh) * config.micro_batches
     if config.global_batch_size % shards:
         raise UserError(
@@ -186,15 +199,19 @@ def _train_step(model_config: LlamaConfig, section: str, shardings: tuple, tree)
         make_optimizer(section),
         section.micro_batches,
         jax.tree.unflatten(tree, shardings),
+        section.ema_decay,
     )
 
 
-def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None):
+def make_train_step(
+    model_config: LlamaConfig, optimizer, micro_batches: int, state_shardings=None, ema_decay=0.0
+):
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are reused.
 
     Args:
         state_shardings: of `lrjax.training.state`, to hold the new state where the old one lay; without it the compiler
             chooses.
+        ema_decay: d > 0: the state has an "ema", which becomes d * ema + (1 - d) * params after every update.
     """
     model = Llama(model_config)
 
@@ -238,6 +255,10 @@ def make_train_step(model_config: LlamaConfig, optimizer, micro_batches: int, st
             "grad_norm": optax.tree.norm(grads),
             "loss_weight": total_weight,
         }
+        if ema_decay:
+            new_state["ema"] = optax.incremental_update(
+                new_state["params"], state["ema"], 1 - ema_decay
+            )
         return new_state, metrics
 
     on_device = None

@@ -1,0 +1,303 @@
+"""Checkpoints read a piece at a time, so that memory does not depend on their size.
+
+    source = open_source("dir")                        # HF directory of safetensors, lrjax model, or a run's step
+    source.tensors["model.norm.weight"]                # Tensor(shape, dtype)
+    source.read("model.norm.weight", 0, 1000)          # elements 0 to 1000 in C order, in the dtype they have there
+
+A tensor is what methods of merging look at as one: a safetensors tensor, or one layer of a stacked Orbax leaf
+("layers/3/q" is row 3 of layers/q). Several threads may read at once. No jax here: a merge of two HF directories
+needs neither its start-up time nor its memory. Writing is in `streamed_output.py`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import struct
+import threading
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from lrjax.errors import UserError
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+# What old versions of transformers saved with the weights though it is computed.
+_NO_WEIGHT = "rotary_emb.inv_freq"
+_READ_BYTES = 16 << 20  # of an Orbax leaf at a time, where its chunks allow
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def open_source(path) -> "SafetensorsSource | OrbaxSource":
+    """The checkpoint at `path`.
+
+    Raises:
+        UserError: nothing there that can be read tensor by tensor, or something half written.
+    """
+    path = pathlib.Path(path)
+    if (path / "model.json").is_file():
+        return OrbaxSource(path)
+    if path.name.isdigit() and (path / "state").is_dir():
+        return OrbaxSource(path, step=True)
+    if (path / "params").is_dir():
+        raise UserError(
+            f"{path}: an lrjax model without its model.json, which is written last; it is not whole (being "
+            "written, or its writer was stopped)"
+        )
+    if (path / "config.json").is_file():
+        return SafetensorsSource(path)
+    raise UserError(
+        f"{path}: no checkpoint there; allowed: a Hugging Face directory with safetensors, an lrjax model, "
+        "a step below checkpoints/STAGE/steps"
+    )
+
+
+class _Source:
+    """What both kinds of source share: `path`, `config` (plain values), `tensors`, `read`, and their files."""
+
+    path: pathlib.Path
+    config: dict
+    tensors: dict[
+        str, Tensor
+    ]  # `read(name, start, stop)` gives elements of one, until the thread's next call
+    weight_files: list[pathlib.Path]
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of change of every file with weights: what says that nobody writes to them meanwhile."""
+        found = {}
+        for file in self.weight_files:
+            try:
+                stat = file.stat()
+            except FileNotFoundError as error:
+                raise UserError(f"{file}: has gone while the source was being read") from error
+            found[str(file.relative_to(self.path))] = [stat.st_size, stat.st_mtime_ns]
+        return found
+
+    def sha256(self) -> dict[str, str]:
+        """File -> sha256 of its bytes, for every file with weights."""
+        hashes = {}
+        for file in self.weight_files:
+            with open(file, "rb") as stream:
+                hashes[str(file.relative_to(self.path))] = hashlib.file_digest(
+                    stream, "sha256"
+                ).hexdigest()
+        return hashes
+
+
+# ------------------------------------------------------------------------------------------- safetensors
+
+
+class SafetensorsSource(_Source):
+    """An HF directory. The files are read, not mapped: mapped pages would count as memory."""
+
+    kind = "safetensors"
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self.weight_files = _weight_files(path)
+        self.tensors, self.places = {}, {}
+        self._descriptors = {}
+        self._local = threading.local()
+        for file in self.weight_files:
+            for name, (tensor, offset) in _read_header(file).items():
+                if name in self.tensors:
+                    raise UserError(
+                        f"{path}: {name} is in {self.places[name][0].name} and {file.name}"
+                    )
+                self.tensors[name], self.places[name] = tensor, (file, offset)
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        if absent := sorted(set(_weight_map(path)) - set(self.tensors)):
+            absent = [name for name in absent if not name.endswith(_NO_WEIGHT)]
+            if absent:
+                raise UserError(
+                    f"{path}: the index names tensors that its files do not hold: {', '.join(absent[:5])}"
+                    f"{' ...' if len(absent) > 5 else ''}; is it being written?"
+                )
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Into a buffer of this thread, which the next call uses again: fresh memory would cost more than the copy."""
+        file, offset = self.places[name]
+        dtype = self.tensors[name].dtype
+        count = (stop - start) * dtype.itemsize
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < count:
+            buffer = self._local.buffer = np.empty(count, np.uint8)
+        block = buffer[:count].view(dtype)
+        view, at = memoryview(block.view(np.uint8)), offset + start * dtype.itemsize
+        while view:
+            count = os.preadv(self._descriptors[file], [view], at)
+            if not count:
+                raise UserError(f"{file}: ends in the middle of {name}; is it being written?")
+            view, at = view[count:], at + count
+        return block
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    files = sorted({path / name for name in _weight_map(path).values()})
+    if not files:
+        raise UserError(
+            f"{path}: neither model.safetensors nor model.safetensors.index.json in this directory"
+        )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(
+            f"{path}: the index names files that are not there: {', '.join(missing)}; is it being written?"
+        )
+    return files
+
+
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file() or not index.is_file():
+        return {}
+    return read_json(index).get("weight_map", {})
+
+
+def _read_header(file: pathlib.Path) -> dict[str, tuple[Tensor, int]]:
+    """Tensor and offset in the file by name; an UserError for a file that is cut short or no safetensors."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise UserError(f"{file}: cut short in its header ({size} bytes); is it being written?")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise UserError(
+            f"{file}: {size} bytes, its header says {8 + length + end}; is it being written?"
+        )
+    tensors = {}
+    for name, entry in header.items():
+        if name.endswith(_NO_WEIGHT):
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"{file}: {name} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}"
+            )
+        tensor = Tensor(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        tensors[name] = tensor, 8 + length + entry["data_offsets"][0]
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------- Orbax
+
+
+class OrbaxSource(_Source):
+    """An lrjax model, or (`step`) the parameters in one step of a training stage.
+
+    Memory is that of the chunks the arrays were written in: a layer where this module wrote them, a whole leaf
+    where Orbax did.
+    """
+
+    kind = "orbax"
+
+    def __init__(self, path: pathlib.Path, step: bool = False):
+        import tensorstore
+
+        self.path = path
+        # A step is CHECKPOINT/steps/100, and what model it is of is written in CHECKPOINT when the stage ends.
+        self.described_by = path.parent.parent if step else path
+        self.config = read_json(self.described_by / "model.json").get("config", {})
+        store = path / ("state" if step else "params")
+        metadata = store / "_METADATA"
+        if not metadata.is_file():
+            raise UserError(f"{store}: no _METADATA in it; it is not whole, or being written")
+        content = read_json(metadata)
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
+        self.tensors, self._stores = {}, {}
+        for entry in content["tree_metadata"].values():
+            keys = [str(key["key"]) for key in entry["key_metadata"]]
+            if step and keys[0] != "params":
+                continue
+            kvstore = {"driver": "file", "path": str(store / ".".join(keys)) + "/"}
+            if content.get("use_ocdbt"):
+                base = f"file://{store.absolute()}"
+                kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
+            driver = "zarr3" if content.get("use_zarr3") else "zarr"
+            try:
+                array = tensorstore.open(
+                    {"driver": driver, "kvstore": kvstore}, open=True, context=context
+                ).result()
+            except ValueError as error:
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(f"{store}: {'.'.join(keys)} cannot be read: {reason}") from error
+            self._add("/".join(keys[step:]), array)
+        self.weight_files = sorted(file for file in store.rglob("*") if file.is_file())
+        self._local = threading.local()
+
+    def _add(self, leaf: str, array) -> None:
+        dtype = np.dtype(array.dtype.numpy_dtype)
+        if dtype.name not in CODES:
+            raise UserError(
+                f"{self.path}: {leaf} is stored as {dtype.name}; known are {', '.join(CODES)}"
+            )
+        layers = range(array.shape[0]) if leaf.startswith("layers/") else [None]
+        for layer in layers:
+            name = leaf if layer is None else leaf.replace("layers/", f"layers/{layer}/", 1)
+            part = array if layer is None else array[layer]
+            self.tensors[name], self._stores[name] = Tensor(tuple(part.shape), dtype), part
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads whole rows and keeps the last ones of this thread, since the next block will want them."""
+        shape = self.tensors[name].shape
+        row = math.prod(shape[1:])
+        held, first, rows = getattr(self._local, "rows", (None, 0, np.empty((0, 1))))
+        if held != name or not first * row <= start <= stop <= (first + len(rows)) * row:
+            first = start // row
+            count = max(_READ_BYTES // (row * self.tensors[name].dtype.itemsize), 1)
+            last = min(max(first + count, -(-stop // row)), shape[0])
+            rows = self._stores[name][first:last].read().result()
+            self._local.rows = name, first, rows
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+    def close(self) -> None:
+        self._stores.clear()
+
+
+def read_json(path: pathlib.Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is expected")
+    return content
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
