@@ -139,9 +139,7 @@ def _segment(
 
     out_BT, zeros_B = jnp.zeros((B, SEGMENT), jnp.int32), jnp.zeros(B, jnp.int32)
     first = _State(jnp.int32(0), token_B, out_BT, zeros_B, jnp.asarray(done_B), cache)
-    return lax.while_loop(
-        lambda state: (state.count < count) & ~jnp.all(state.done_B), step, first
-    )
+    return lax.while_loop(lambda state: (state.count < count) & ~jnp.all(state.done_B), step, first)
 
 
 def nucleus(logits_BV: jax.Array, top_p) -> jax.Array:

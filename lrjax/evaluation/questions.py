@@ -36,6 +36,10 @@ class Task:
     score: Callable[[str, Sample], float]
     about: Mapping  # goes into the result: benchmark, length, seed, template, wording
     stop: tuple[str, ...] = ()  # an answer ends before the first of these
+    more: Mapping[str, Callable[[str, Sample], float]] = dataclasses.field(
+        default_factory=dict
+    )  # other scores
+    groups: Callable[[Sample], str] | None = None  # scores are also given for each group
     # Too long a prompt is cut in the middle, as the benchmark does, and counted; otherwise it is an error.
     cut: bool = False
     chat: bool = True  # whether the chat template, if one is used, is used here, too
@@ -136,27 +140,54 @@ def ask(
 
 
 def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) -> dict:
-    scores = {s.index: task.score(done[s.index], s) for s in task.samples}
-    count, total = len(scores), sum(scores.values())
-    return {
+    """The result of `ask` out of the answers by index."""
+    samples = task.samples
+    scores = {s.index: task.score(done[s.index], s) for s in samples}
+    weights = {s.index: s.extra.get("weight", 1) for s in samples}
+
+    def mean(values: Mapping[int, float]) -> float:
+        return sum(values[i] * weights[i] for i in values) / sum(weights[i] for i in values)
+
+    count = len(samples)
+    total = mean(scores) * count
+    result = {
         "task": task.name,
-        "score": 100 * total / count,
+        "score": 100 * mean(scores),
         # For scores between 0 and 1 the interval is wider than need be, never narrower.
         "interval": [100 * end for end in wilson_interval(total, count)],
         "count": count,
-        "empty": sum(not done[sample.index].strip() for sample in task.samples),
+        "empty": sum(not done[sample.index].strip() for sample in samples),
         "cut": cut,
         "tokens": tokens,
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
         "chat_template": prompter.template,
         **task.about,
+    }
+    if task.more:
+        result["more"] = {
+            name: 100 * mean({s.index: score(done[s.index], s) for s in samples})
+            for name, score in task.more.items()
+        }
+    if task.groups:
+        members: dict[str, list[int]] = {}
+        for sample in samples:
+            members.setdefault(task.groups(sample), []).append(sample.index)
+        result["groups"] = {
+            name: {
+                "score": 100 * mean({i: scores[i] for i in indices}),
+                "interval": [100 * e for e in wilson_interval(sum(scores[i] for i in indices), len(indices))],
+                "count": len(indices),
+            }
+            for name, indices in members.items()
+        }  # fmt: skip
+    return result | {
         "samples": [
             {
                 "prompt": prompter.text(sample), "answer": done[sample.index],
                 "outputs": list(sample.outputs), "score": scores[sample.index],
             }
-            for sample in task.samples[:SHOWN]
+            for sample in samples[:SHOWN]
         ],
     }  # fmt: skip
 

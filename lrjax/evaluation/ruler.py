@@ -12,6 +12,7 @@ wording and the tokenizer alone.
 import random
 import re
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,10 +22,14 @@ from lrjax.evaluation.questions import Task
 from lrjax.evaluation.ruler_tasks import Material, Text
 from lrjax.evaluation.samples import Prompter, Sample
 
+T = TypeVar("T")
+
 _NIAH = {"num_needle_k": 1, "num_needle_v": 1, "num_needle_q": 1}
 
 
-def _niah(haystack: str, keys: str = "words", values: str = "numbers", **counts) -> tuple[str, dict]:
+def _niah(
+    haystack: str, keys: str = "words", values: str = "numbers", **counts
+) -> tuple[str, dict]:
     kinds = {"type_haystack": haystack, "type_needle_k": keys, "type_needle_v": values}
     return "niah", kinds | _NIAH | counts
 
@@ -61,6 +66,7 @@ def make(
     *,
     count: int,
     seed: int = 42,
+    params: Mapping | None = None,
 ) -> Task:
     """`count` samples of a task at a length.
 
@@ -69,6 +75,8 @@ def make(
       prompter: the tokenizer, and whether its chat template is used.
       material: words, essays, and the data sets of qa_1 and qa_2.
       wording: of `wording.ruler`.
+      params: parameters of the family other than the published ones: of niah so many keys, values, queries; the task
+        is then called "niah_custom".
 
     Raises:
       UserError: an unknown task, a length shorter than the task's own text, a data set that is missing or has fewer
@@ -76,7 +84,15 @@ def make(
     """
     if name not in TASKS:
         raise UserError(f"ruler: unknown task {name!r}; allowed: {', '.join(TASKS)}")
-    family, params = TASKS[name]
+    family, published = TASKS[name]
+    if params:
+        unknown = [field for field in params if field not in published]
+        if unknown:
+            raise UserError(
+                f"ruler {name}: parameter {unknown[0]!r}; allowed: {', '.join(published)}"
+            )
+        name = f"{family}_custom"
+    params = published | dict(params or {})
     budget = wording[family]["tokens_to_generate"]
     build = _builder(family, params, wording, material, length, prompter)
     if (questions := getattr(build, "count", count)) < count:
@@ -92,7 +108,12 @@ def make(
             return build(random.Random(f"{seed} {name} {length} {index}"), units, index)
 
         text, used, units = fit(
-            text_of, tokens_of, length - budget, build.smallest, guess, f"ruler {name}: length {length}"
+            text_of,
+            tokens_of,
+            length - budget,
+            build.smallest,
+            guess,
+            f"ruler {name}: length {length}",
         )
         guess = units
         extra = {}
@@ -102,7 +123,9 @@ def make(
         samples.append(
             Sample(index, text.input, text.answer_prefix, tuple(text.outputs), used + budget, extra)
         )
-    template = {name: wording[family][name] for name in wording[family] if name != "tokens_to_generate"}
+    template = {
+        part: text for part, text in wording[family].items() if part != "tokens_to_generate"
+    }
     if family == "niah":
         template["needle"] = wording["needle"]
     if params.get("type_haystack") == "noise" or family == "variable_tracking":
@@ -136,13 +159,13 @@ def _builder(family, params, wording, material, length, prompter):
 
 
 def fit(
-    text_of: Callable[[int], Text],
-    tokens_of: Callable[[Text], int],
+    text_of: Callable[[int], T],
+    tokens_of: Callable[[T], int],
     limit: int,
     smallest: int,
     guess: int | None,
     what: str,
-) -> tuple[Text, int, int]:
+) -> tuple[T, int, int]:
     """The text with the most units of filler whose tokens are at most `limit`: (text, its tokens, units).
 
     Tokens grow about in proportion to the units, so a step along that line finds the place in three or four counts;
@@ -173,7 +196,9 @@ def fit(
         elif probe > best[2]:
             best = (text, used, probe)
         left = limit - best[1]
-        if (over is not None and over - best[2] <= 1) or (best[2] > smallest and left < max(slope, limit / 512)):
+        if (over is not None and over - best[2] <= 1) or (
+            best[2] > smallest and left < max(slope, limit / 512)
+        ):
             break
         probe = None
     return best

@@ -10,6 +10,7 @@ put in words is data (`wording`). `lrjax.evaluation.ruler` has the 13 tasks and 
 
 import functools
 import importlib.resources
+import itertools
 import json
 import pathlib
 import random
@@ -22,6 +23,7 @@ from scipy.special import zeta
 
 from lrjax.data.sentences import sentence_spans
 from lrjax.errors import UserError
+from lrjax.evaluation import qa_sample
 
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()  # per cent of the essay's sentences
 
@@ -40,7 +42,7 @@ class Material:
     Args:
       essays: the haystack of the essay tasks; a function that returns texts.
       ruler_dir: a checkout of RULER, whose english_words.json and PaulGrahamEssays.json are taken if they are there.
-      squad, hotpotqa: paths of the data sets' json files.
+      squad, hotpotqa: paths of the data sets' json files, or "sample" for invented ones (`qa_sample`).
     """
 
     def __init__(self, essays, ruler_dir=None, squad=None, hotpotqa=None):
@@ -99,7 +101,12 @@ class Material:
                 "squad": ("qa_1", "dev-v2.0.json", "rajpurkar.github.io/SQuAD-explorer"),
                 "hotpotqa": ("qa_2", "hotpot_dev_distractor_v1.json", "hotpotqa.github.io"),
             }[dataset]
-            raise UserError(f"ruler {task}: --{dataset}= is missing; the file is {file} from {where}")
+            raise UserError(
+                f"ruler {task}: --{dataset}= is missing; the file is {file} from {where}"
+            )
+        if path == "sample":
+            self.sources[dataset] = "invented sample, not the data set"
+            return _READERS[dataset](qa_sample.MAKERS[dataset]())
         self.sources[dataset] = pathlib.Path(path).name
         return _read_questions(dataset, str(path))
 
@@ -119,7 +126,9 @@ def _word_list(name: str) -> list[str]:
     try:
         file = importlib.resources.files("wonderwords") / "assets" / f"{name}.txt"
     except ModuleNotFoundError as error:
-        raise UserError("package wonderwords is not installed; allowed: requirements.txt") from error
+        raise UserError(
+            "package wonderwords is not installed; allowed: requirements.txt"
+        ) from error
     return [word.strip() for word in file.read_text(encoding="utf-8").split("\n") if word.strip()]
 
 
@@ -127,7 +136,7 @@ def _word_list(name: str) -> list[str]:
 def _read_questions(dataset: str, path: str) -> tuple[list[dict], list[str]]:
     data = _load_json(path)
     try:
-        return _squad(data) if dataset == "squad" else _hotpotqa(data)
+        return _READERS[dataset](data)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not in the format of {dataset}: {error!r}") from error
 
@@ -174,6 +183,8 @@ def _hotpotqa(data):
     ]
     return questions, documents
 
+
+_READERS = {"squad": _squad, "hotpotqa": _hotpotqa}
 
 # ------------------------------------------------------------------------------------------ needle in a haystack
 
@@ -291,7 +302,7 @@ class VariableTracking:
         lines = [self._noise] * units
         for chain, value in zip(chains, values, strict=True):
             steps = [f"VAR {chain[0]} = {value}"]
-            steps += [f"VAR {b} = VAR {a} " for a, b in zip(chain, chain[1:], strict=False)]
+            steps += [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(chain)]
             places = sorted(rng.sample(range(len(lines)), len(steps)))
             for shift, (place, step) in enumerate(zip(places, steps, strict=True)):
                 lines.insert(place + shift, step)
