@@ -102,7 +102,8 @@ class Material:
                 "hotpotqa": ("qa_2", "hotpot_dev_distractor_v1.json", "hotpotqa.github.io"),
             }[dataset]
             raise UserError(
-                f"ruler {task}: --{dataset}= is missing; the file is {file} from {where}"
+                f"ruler {task}: --{dataset}= is missing; the file is {file} from {where} "
+                f"(--{dataset}=sample takes invented questions instead)"
             )
         if path == "sample":
             self.sources[dataset] = "invented sample, not the data set"
