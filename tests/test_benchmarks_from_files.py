@@ -73,7 +73,7 @@ def test_every_subset_has_wording_a_metric_and_a_budget():
     assert len(longbench.SUBSETS) == 21 and len(longbench.SUBSETS_E) == 13
     assert set(words["prompts"]) == set(words["max_new_tokens"]) == set(longbench.SUBSETS)
     for template in words["prompts"].values():
-        assert "{context}" in template and "[" + template.format(context="C", input="I")[:1]
+        assert "some text" in template.format(context="some text", input="a question")
     assert set(wording.loogle()["prompts"]) == set(loogle.SUBSETS)
 
 
@@ -88,7 +88,7 @@ def test_published_prompts_come_from_a_checkout(tmp_path, prompter):
         task.about["wording"] == "LongBench" and task.max_new_tokens == 9 and len(task.samples) == 2
     )
     assert task.samples[0].input.startswith("Q some long context") and not task.chat
-    with pytest.raises(UserError, match="no config/dataset2prompt.json"):
+    with pytest.raises(UserError, match=r"no config/dataset2prompt\.json"):
         wording.longbench(folder)
 
 
@@ -137,7 +137,7 @@ def test_metrics_by_hand():
 
 def test_chinese_words_need_jieba():
     pytest.importorskip("jieba")
-    assert metrics.qa_f1_zh("今天,天气很好", "今天天气很好") == 1
+    assert metrics.qa_f1_zh("今天天气很好!", "今天天气很好") == 1
     assert metrics.rouge_l_zh("今天天气很好", "今天天气很好") == pytest.approx(1)
 
 

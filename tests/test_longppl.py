@@ -34,7 +34,7 @@ def losses(params, tokens):
 
 
 def test_key_tokens_are_those_that_a_long_context_helps(params, documents):
-    context, stride, gain, floor = 16, 8, 0.05, -4.0
+    context, stride, gain, floor = 16, 8, 0.01, -9.0
     result = longppl(
         CONFIG, params, documents, context=context, stride=stride, gain=gain, floor=floor
     )
