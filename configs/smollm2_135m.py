@@ -69,6 +69,7 @@ def _make_quick(config):
     for name in ("contiguous", "pose"):
         del config.methods[name]
     config.evaluate.niah.update(lengths=(1024,), depths=(0.5,))
+    config.evaluate.suite.update(tasks=("niah_multikey_2",), lengths=(512,), samples=1)
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))
     config.evaluate.short.update(documents=1, length=256)
     config.evaluate.checkpoints = ("base", "longrecipe", "merged")

@@ -136,5 +136,7 @@ def _make_quick(config):
     config.merge.curve = (0.5,)
     config.analyse.min_lift = 0.0
     config.evaluate.niah.update(lengths=(64, 512), depths=(0.2, 0.8), samples_per_cell=2)
+    config.evaluate.during.update(tasks=("niah",), every=3, stages=("longrecipe",))
     config.evaluate.perplexity.documents = 4
+    config.evaluate.perplexity.update(window=64, stride=32, key_context=64)
     config.evaluate.short.documents = 4

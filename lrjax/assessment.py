@@ -1,8 +1,12 @@
 """The evaluate stage: every task on every checkpoint of a run, a file each, found again after a stop.
 
-`evaluation/CHECKPOINT/TASK.json` for needle in a haystack (niah), perplexity by position and short-window loss, and
-`evaluation/merge_curve.json`: the merged model at other weights.
+`evaluation/CHECKPOINT/TASK.json` for needle in a haystack (niah), perplexity by position, short-window loss and the
+benchmarks of `config.evaluate.suite` ({length: result of questions.ask}), whose answers are kept one by one in
+`evaluation/CHECKPOINT/answers/`; `evaluation/merge_curve.json`: the merged model at other weights. The same tasks run
+during training (`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
 """
+
+import dataclasses
 
 import numpy as np
 from absl import logging
@@ -10,7 +14,9 @@ from absl import logging
 from lrjax import workdir as wd
 from lrjax.checkpoints import orbax
 from lrjax.errors import UserError
-from lrjax.evaluation import niah, perplexity
+from lrjax.evaluation import longppl, niah, perplexity, questions, suite
+from lrjax.evaluation.decoding import ready
+from lrjax.evaluation.samples import Prompter
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_trees import merge_trees
 from lrjax.models.flops import forward_flops
@@ -31,7 +37,7 @@ def evaluate(config, workdir):
             model = load_checkpoint(config, workdir, name)
         for task, function in missing.items():
             logging.info("evaluate: %s of %s", task, name)
-            result, sequences, length = function(*model)
+            result, sequences, length = function(*model, workdir / "evaluation" / name)
             wd.write_json(workdir / "evaluation" / name / f"{task}.json", result)
             used["tokens"] += sequences * length
             used["flops"] += forward_flops(model[0], sequences, length)
@@ -54,7 +60,10 @@ def checkpoints_to_evaluate(config, workdir) -> list[str]:
 
 
 def make_tasks(config, workdir) -> dict:
-    """Task name -> function(model_config, params) -> (result, sequences, length), for the tasks that are asked for."""
+    """Task name -> function(model_config, params, folder=None) -> (result, sequences, length), of those asked for.
+
+    `folder` is the checkpoint's below evaluation/: a task may keep there what it has done so far.
+    """
     tokenizer = open_tokenizer(workdir)
     section = config.evaluate
     tasks = {}
@@ -65,16 +74,121 @@ def make_tasks(config, workdir) -> dict:
             config, workdir, tokenizer, section.perplexity.source, section.perplexity
         )
 
-        def by_position(model_config, params):
+        def by_position(model_config, params, folder=None):
+            del folder
+            part = section.perplexity
             result = perplexity.perplexity_by_position(
-                model_config, params, documents, section.perplexity.buckets
+                model_config, params, documents, part.buckets
             )
-            return result, len(documents), section.perplexity.length
+            if part.window:
+                result["sliding_window"] = perplexity.sliding_window(
+                    model_config, params, documents, part.window, part.stride
+                )
+            if part.key_context:
+                result["longppl"] = longppl.longppl(
+                    model_config, params, documents, context=part.key_context
+                )
+            return result, len(documents), part.length
 
         tasks["perplexity"] = by_position
     if section.short.sources:
         tasks["short"] = _short_task(config, workdir, tokenizer)
+    if section.suite.tasks:
+        tasks |= _suite_tasks(config, tokenizer)
     return tasks
+
+
+def _suite_tasks(config, tokenizer) -> dict:
+    """The benchmarks, each at all its lengths."""
+    section = config.evaluate.suite
+    names = {field.name for field in dataclasses.fields(suite.Options)}
+    options = suite.Options(
+        **{
+            name: tuple(value) if isinstance(value, tuple | list) else value
+            for name, value in section.items()
+            if name in names
+        }
+    )
+    prompter = Prompter(tokenizer, section.chat)
+    makers = suite.Suite(options, prompter)
+    lengths: dict[str, list] = {}
+    for name, length in options.pairs():
+        lengths.setdefault(name, []).append(length)
+
+    def task_of(name):
+        made = {}  # the questions are the same for every checkpoint
+
+        def run(model_config, params, folder=None):
+            answer = questions.lrjax_answerer(
+                model_config, ready(model_config, params), tokenizer, batch_size=section.batch_size
+            )
+            found = {}
+            for length in lengths[name]:
+                if length not in made:
+                    made[length] = makers.make(name, length)
+                task, key = made[length], str(length or "all")
+                found[key] = questions.ask(
+                    task, answer, prompter,
+                    limit=suite.best_limit(task, config.target_length, section.limit),
+                    predictions=folder and folder / "answers" / key / f"{name.replace(':', '-')}.jsonl",
+                    progress=questions.progress_log(f"{name} {key}"),
+                )  # fmt: skip
+            count = sum(result["count"] for result in found.values())
+            return found, count, sum(result["tokens"] for result in found.values()) // count
+
+        return run
+
+    return {name.replace(":", "-"): task_of(name) for name in lengths}
+
+
+def during_training(config, workdir, stage: str):
+    """A function(step, model_config, params) -> {metric: value} for `training.loop.train`, or None.
+
+    It runs the tasks of config.evaluate.during on the parameters as they are, writes
+    evaluation/STAGE/steps/STEP/TASK.json, and gives the loop one number for each task and length.
+    """
+    section = config.evaluate.during
+    if not section.every or not section.tasks or (section.stages and stage not in section.stages):
+        return None
+    tasks = make_tasks(config, workdir)
+    unknown = [name for name in section.tasks if name not in tasks]
+    if unknown:
+        raise UserError(
+            f"config.evaluate.during.tasks: {unknown[0]!r} is none of {', '.join(tasks) or 'no tasks'}"
+        )
+
+    def run(step: int, model_config, params) -> dict[str, float]:
+        metrics = {}
+        folder = workdir / "evaluation" / stage / "steps" / str(step)
+        for name in section.tasks:
+            file = folder / f"{name}.json"
+            if (
+                file.exists()
+            ):  # the run was stopped after this step's evaluation and before its checkpoint
+                result = wd.read_json(file)
+            else:
+                result, _, _ = tasks[name](model_config, params, folder)
+                wd.write_json(file, result)
+            for part, value in task_figures(name, result).items():
+                metrics[f"evaluation/{part}"] = value
+        return metrics
+
+    return run
+
+
+def task_figures(name: str, result) -> dict[str, float]:
+    """{"TASK/LENGTH or metric": value} of one task's result: what a curve or a table shows."""
+    if name == "niah":
+        return {f"niah/{length}": share for length, share in result["accuracy"].items()}
+    if name == "perplexity":
+        return {
+            f"perplexity/{bucket['start']}-{bucket['stop']}": bucket["perplexity"]
+            for bucket in result["buckets"]
+            if bucket["perplexity"] is not None
+        }
+    if name == "short":
+        return {f"short/{source}": each["nll"] for source, each in result.items()}
+    return {f"{name}/{length}": each["score"] for length, each in result.items()}
 
 
 def _niah_task(config, workdir, tokenizer, lengths=()):
@@ -86,7 +200,8 @@ def _niah_task(config, workdir, tokenizer, lengths=()):
     )  # fmt: skip
     texts = [document.text for document in open_data(config, workdir, section.haystack)]
 
-    def ask(model_config, params):
+    def ask(model_config, params, folder=None):
+        del folder
         result = niah.evaluate(
             task, model_config, params, tokenizer, texts, seed=config.seed, fast=section.fast,
             batch_size=section.batch_size, progress=lambda done, total: logging.log_every_n_seconds(
@@ -108,7 +223,8 @@ def _short_task(config, workdir, tokenizer):
         for name, source in section.sources.items()
     }
 
-    def losses(model_config, params):
+    def losses(model_config, params, folder=None):
+        del folder
         result = {
             name: perplexity.short_loss(model_config, params, documents, length)
             for name, documents in sources.items()

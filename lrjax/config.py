@@ -159,7 +159,42 @@ def default() -> ConfigDict:
                     "batch_size": 1,
                 }
             ),
-            "perplexity": ConfigDict({"source": "", "length": 0, "documents": 8, "buckets": ()}),
+            # Benchmarks by name (evaluation/suite.py): RULER's, LongBench's and LooGLE's tasks, needles; () is none.
+            "suite": ConfigDict(
+                {
+                    "tasks": (),
+                    "lengths": (),
+                    "samples": 20,  # of each task and length
+                    "seed": 42,
+                    "depths": (0.1, 0.3, 0.5, 0.7, 0.9),  # of niah, passkey, number
+                    "together": False,  # the needles of all depths in one haystack
+                    "ruler_dir": "",  # a checkout of RULER: its wording
+                    "squad": "",
+                    "hotpotqa": "",
+                    "longbench_dir": "",
+                    "longbench_wording": "",
+                    "loogle_dir": "",
+                    "loogle_wording": "",
+                    "humaneval": "",
+                    "run_code": False,  # may programs of the model be run: evaluation/sandbox.py
+                    "limit": 0,  # tokens of prompt and budget; 0: the length asked for, or the target length
+                    "chat": False,  # in the tokenizer's chat template
+                    "batch_size": 1,
+                }
+            ),
+            "perplexity": ConfigDict(
+                {
+                    "source": "",
+                    "length": 0,
+                    "documents": 8,
+                    "buckets": (),
+                    "window": 0,  # also perplexity with a sliding window of so many tokens; 0: not
+                    "stride": 256,
+                    "key_context": 0,  # also LongPPL, key tokens by a short context of so many tokens; 0: not
+                }
+            ),
+            # Tasks to run during training (names as below evaluation/CHECKPOINT/), every `every` steps.
+            "during": ConfigDict({"tasks": (), "every": 0, "stages": ()}),  # stages: () is all
             # Loss in the original window on data sources, to see what was forgotten: name -> source
             "short": ConfigDict(
                 {"sources": ConfigDict(), "documents": 64, "length": 0}
@@ -205,6 +240,11 @@ def check(config) -> None:
         )
     if not 0 < config.merge.density <= 1:
         raise UserError(f"config.merge.density {config.merge.density}: allowed: above 0, to 1")
+    during = config.evaluate.during
+    if during.every < 0 or (during.tasks and not during.every):
+        raise UserError(
+            f"config.evaluate.during.every {during.every}: allowed: 1 and more where tasks are named"
+        )
     if not 0 <= config.merge.base_weight <= 1:
         raise UserError(
             f"config.merge.base_weight {config.merge.base_weight}: allowed: from 0 to 1"

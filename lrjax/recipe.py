@@ -211,7 +211,8 @@ def _train(config, workdir, stage, model, section, components, length):
     params, facts = train(
         section, workdir, stage=stage, model=(run_config(config, model_config), params),
         components=components, seed=config.seed, mesh=open_mesh(config), length=length,
-        row_multiple=config.row_multiple,
+        row_multiple=config.row_multiple, hook=assessment.during_training(config, workdir, stage),
+        hook_every=config.evaluate.during.every,
     )  # fmt: skip
     orbax.save_model(checkpoint(workdir, stage), model_config, params, about={"stage": stage})
     if not section.keep_checkpoints:

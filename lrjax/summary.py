@@ -7,6 +7,7 @@ from lrjax import examples
 from lrjax import workdir as wd
 from lrjax.assessment import checkpoints_to_evaluate
 from lrjax.checkpoints import orbax
+from lrjax.evaluation import suite
 from lrjax.longrecipe import impact, positions
 from lrjax.reporting.report import write_report
 from lrjax.run import checkpoint, open_tokenizer
@@ -57,6 +58,10 @@ def write(config, workdir) -> None:
         found = {name: tasks[task] for name, tasks in results.items() if task in tasks}
         if found:
             content[task] = found
+    if benchmarks := {
+        name: found for name, tasks in results.items() if (found := _benchmarks(tasks))
+    }:
+        content["benchmarks"] = benchmarks
     if analysis:
         content["impact"] = {
             "classes": analysis["classes"],
@@ -115,7 +120,16 @@ def _figures(tasks: dict) -> dict:
         }
     if "short" in tasks:
         figures["short"] = {source: result["nll"] for source, result in tasks["short"].items()}
-    return figures
+    return figures | suite.summary(_benchmarks(tasks))
+
+
+def _benchmarks(tasks: dict) -> dict:
+    """{task: {length: result}} of the tasks of config.evaluate.suite."""
+    return {
+        name: result
+        for name, result in tasks.items()
+        if name not in ("niah", "perplexity", "short")
+    }
 
 
 def _about(config, name: str) -> dict:

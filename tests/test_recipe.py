@@ -67,6 +67,14 @@ def test_every_stage_leaves_its_output(finished):
         assert set(tasks["short"]) == {"facts", "dialect", "copy"}
     assert summary["stages"]["extend"]["tokens"] == 3 * 6 * 16 * 154
     assert (finished / "report" / "index.html").stat().st_size > 100_000
+    # config.evaluate.during: needles every 3 steps of one method.
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    asked = [(row["stage"], row["step"]) for row in rows if "evaluation/niah/512" in row]
+    assert asked == [("longrecipe", 3), ("longrecipe", 6)]
+    last = json.loads((finished / "evaluation/longrecipe/steps/6/niah.json").read_text())
+    assert last == json.loads((finished / "evaluation/longrecipe/niah.json").read_text())
+    perplexity = json.loads((finished / "evaluation/base/perplexity.json").read_text())
+    assert perplexity["sliding_window"]["tokens"] == 4 * 511 and "longppl" in perplexity["longppl"]
 
 
 @pytest.mark.slow
@@ -122,6 +130,10 @@ def test_smollm2_passes_through_every_stage(tmp_path):
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == STAGES
     assert set(summary["evaluation"]) == {"base", "longrecipe", "merged"}
+    for name in summary["evaluation"]:
+        result = json.loads((tmp_path / f"run/evaluation/{name}/niah_multikey_2.json").read_text())
+        assert summary["evaluation"][name]["niah_multikey_2"] == {"512": result["512"]["score"]}
+    assert "niah_multikey_2" in (tmp_path / "run/report/index.html").read_text()
 
 
 @pytest.mark.parametrize(

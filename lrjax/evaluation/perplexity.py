@@ -116,6 +116,66 @@ def short_loss(
     }
 
 
+def sliding_window(
+    config: LlamaConfig,
+    params,
+    documents: Sequence[np.ndarray],
+    window: int,
+    stride: int,
+    *,
+    batch_size: int = 1,
+) -> dict:
+    """Perplexity when every token is told from the `window - stride` to `window` tokens before it.
+
+    A window of tokens moves on by `stride`; of each only the tokens that no earlier window told count. With stride 1
+    every token has its full window; the larger the stride, the cheaper and the less context.
+
+    Args:
+      documents: token ids, int32 [L] each.
+      window: tokens that the model sees at a time.
+      stride: tokens between the starts of two windows, at most the window.
+
+    Returns:
+      {"nll" (nats), "perplexity", "interval" (95 %, of the perplexity, over documents; None for a single one),
+      "window", "stride", "documents", "tokens" (told)}.
+
+    Raises:
+      UserError: as `perplexity_by_position`; a stride that is not from 1 to the window.
+    """
+    if not 1 <= stride < window:
+        raise UserError(
+            f"sliding_window: stride {stride}, window {window}; allowed: 1 <= stride < window"
+        )
+    if short := [index for index, document in enumerate(documents) if len(document) < 2]:
+        raise UserError(f"document {short[0]} has fewer than 2 tokens; allowed: 2 and more")
+    pieces, owners, new = [], [], []
+    for index, document in enumerate(documents):
+        told = 1  # the first token is told by nothing
+        for start in range(0, len(document), stride):
+            stop = min(start + window, len(document))
+            if stop <= told:
+                break
+            pieces.append(document[start:stop])
+            owners.append(index)
+            new.append(stop - told)
+            told = stop
+    sums, counts = np.zeros(len(documents)), np.zeros(len(documents))
+    losses = token_losses(config, params, pieces, batch_size=batch_size, chunk=window)
+    for (nll, _), owner, count in zip(losses, owners, new, strict=True):
+        sums[owner] += nll[-count:].sum()
+        counts[owner] += count
+    mean, interval = mean_interval(sums, counts)
+    return {
+        "nll": mean,
+        "perplexity": math.exp(mean),
+        "interval": interval and [math.exp(end) for end in interval],
+        "window": window,
+        "stride": stride,
+        "documents": len(documents),
+        "tokens": int(counts.sum()),
+    }
+
+
 def token_losses(
     config: LlamaConfig,
     params,

@@ -11,8 +11,11 @@ import numpy as np
 from scipy.special import stdtrit
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.96) -> list[float]:
+def wilson_interval(successes: float, count: int, z: float = 1.96) -> list[float]:
     """Wilson's score interval [low, high] of a share; z = 1.96 gives 95 %. Of nothing it is [0, 1].
+
+    `successes` may be a sum of scores from 0 to 1: their variance is at most that of a share with the same mean, so
+    the interval is wide enough.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """

@@ -24,7 +24,7 @@ from lrjax.reporting.metrics import METRICS_FILE, read_rows
 REQUIRED = ("title", "command", "summary")
 OPTIONAL = {
     "intro": "", "date": "", "facts": {}, "window": None, "target": None, "chain": (), "checkpoints": {},
-    "niah": {}, "perplexity": {}, "short": {}, "positions": {}, "impact": {}, "merge_curve": (),
+    "niah": {}, "benchmarks": {}, "perplexity": {}, "short": {}, "positions": {}, "impact": {}, "merge_curve": (),
     "loss_panels": None,
 }  # fmt: skip
 SUMMARY = ("config", "devices", "stages", "evaluation", "impact", "positions")
@@ -54,6 +54,7 @@ def write_report(workdir, content: Mapping) -> pathlib.Path:
             "niah": {checkpoint: {"cells": [{"length", "depth", "correct", "count", "nll"}], "interval":
                 {length: [low, high]}, "samples": [{"length", "depth", "needle", "expected", "generated"}]}},
                 the last two optional.
+            "benchmarks": {checkpoint: {task: {length: {"score", "interval": [low, high] (0 to 100), "count", "cut"}}}}.
             "perplexity": {checkpoint: {"buckets": [{"start", "stop", "nll"}]}}.
             "short": {checkpoint: {source: {"nll", "interval": [low, high] or None}}}: losses in the window of
                 the base, which show what was forgotten.

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lrjax.reporting.comparison import task_lengths
+
 # Without these two rows a position transform would take credit for what the raised RoPE base does.
 CONTROLS = ("raised_theta", "contiguous")
 COMPARISON = "For comparison"
@@ -125,6 +127,26 @@ def answers(content: Mapping) -> list[dict]:
         for sample in content["niah"].get(name, {}).get("samples", ()):
             rows.append({"label": label(content, name), **sample})
     return sorted(rows, key=lambda row: (row["length"], row["depth"]))
+
+
+def benchmarks(content: Mapping) -> dict:
+    """{"checkpoints": labels, "rows": [{"task", "length", "count", "cut", "cells": [(score, low, high) or None]}]}."""
+    found = content["benchmarks"]
+    names = ordered(content, found)
+    rows = []
+    for task, length in task_lengths({name: found[name] for name in names}):
+        results = [found[name].get(task, {}).get(length) for name in names]
+        known = [result for result in results if result]
+        rows.append(
+            {
+                "task": task,
+                "length": length,
+                "count": max(result["count"] for result in known),
+                "cut": max(result.get("cut", 0) for result in known),
+                "cells": [result and (result["score"], *result["interval"]) for result in results],
+            }
+        )
+    return {"checkpoints": [label(content, name) for name in names], "rows": rows}
 
 
 # -------------------------------------------------------------------------------- forgetting, losses, merge

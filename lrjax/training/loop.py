@@ -32,7 +32,9 @@ from lrjax.training.optimizer import make_optimizer, make_schedule
 from lrjax.training.state import apply_update, check_dtype, place, shardings_of, state_shardings
 
 
-def train(config, workdir, *, stage, model, components, seed, mesh, length, row_multiple=1):
+def train(
+    config, workdir, *, stage, model, components, seed, mesh, length, row_multiple=1, hook=None, hook_every=0,
+):  # fmt: skip
     """Trains a model and returns `(params, {"tokens", "flops"})`; with `ema_decay`, the average of its parameters.
 
     Laid out on `mesh` by the rules of the current layout (`lrjax.sharding`).
@@ -47,6 +49,8 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length, row_
         mesh: device mesh.
         length: tokens in an example.
         row_multiple: rows are padded to a multiple of it, with segment 0 and weight 0.
+        hook: function(step, model_config, params) -> {name: value}, called every `hook_every` steps; its values
+            become a row of the metrics. It gives the same when it is called again for a step.
 
     Raises:
         UserError: a batch or a length that the mesh cannot share out, a loss that is not finite.
@@ -54,19 +58,14 @@ def train(config, workdir, *, stage, model, components, seed, mesh, length, row_
     """
     with sharding.layout(mesh, dict(sharding.current().rules)):
         return _train(
-            config,
-            pathlib.Path(workdir),
-            stage,
-            model,
-            components,
-            seed,
-            mesh,
-            length,
-            row_multiple,
-        )
+            config, pathlib.Path(workdir), stage, model, components, seed, mesh, length, row_multiple,
+            hook, hook_every,
+        )  # fmt: skip
 
 
-def _train(config, workdir, stage, model, components, seed, mesh, length, row_multiple):
+def _train(
+    config, workdir, stage, model, components, seed, mesh, length, row_multiple, hook, hook_every
+):
     model_config, params = model
     check_batch(config, mesh, stage)
     check_dtype(config.state_dtype)
@@ -138,6 +137,10 @@ def _train(config, workdir, stage, model, components, seed, mesh, length, row_mu
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
+            if hook and step % hook_every == 0:
+                begun = time.perf_counter()
+                writer.write(step, hook(step, model_config, state["params"]), {})
+                since += time.perf_counter() - begun  # no part of the training's speed
             told, last = stop.requested(step), step == config.steps
             # The last step is the stage's model, but an average of the last ones wants it among them.
             if config.keep_checkpoints if last else told or step % config.checkpoint_every == 0:

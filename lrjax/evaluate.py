@@ -1,0 +1,236 @@
+"""Evaluates checkpoints: `python -m lrjax.evaluate CHECKPOINT [...] --tasks=ruler --lengths=4096 --out=DIR`.
+
+    DIR/data/LENGTH/TASK/validation.jsonl       the samples, in RULER's format
+    DIR/CHECKPOINT/LENGTH/pred/TASK.jsonl       the answers, in RULER's format; appended one by one
+    DIR/CHECKPOINT/results.json                 scores, intervals, counts, templates, seeds, three samples a task
+    DIR/comparison.md                           the checkpoints side by side
+
+A run that was stopped goes on with the same command. `--generate_only` writes the samples and needs no model
+(tokenizer of SmolLM2 unless `--tokenizer` says otherwise); `--score_only=DIR` scores answers that RULER's scripts or
+this one wrote.
+A mistake ends with one line on standard error and exit code 2.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+from absl import flags, logging
+
+from lrjax import workdir as wd
+from lrjax.checkpoints import gguf, loading
+from lrjax.data.tokenizers import load_tokenizer
+from lrjax.errors import UserError
+from lrjax.evaluation import depths, questions, suite
+from lrjax.evaluation.decoding import ready
+from lrjax.evaluation.samples import Prompter, read_jsonl, read_samples, write_jsonl
+from lrjax.main import quieten, run_program
+from lrjax.reporting.comparison import markdown
+
+_TASKS = flags.DEFINE_list("tasks", [], f"What to ask: {', '.join(suite.NAMES)}.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "Tokens of prompt and answer's budget.")
+_SAMPLES = flags.DEFINE_integer("samples", 100, "Of each task and length; needles: of each depth.")
+_OUT = flags.DEFINE_string("out", None, "Directory of samples, answers and results.")
+_GENERATE_ONLY = flags.DEFINE_bool("generate_only", False, "Write the samples; no model is needed.")
+_SCORE_ONLY = flags.DEFINE_string(
+    "score_only", "", "Score the TASK.jsonl answers in this directory."
+)
+_SAMPLES_DIR = flags.DEFINE_string(
+    "samples_dir",
+    "",
+    "Ask these samples, TASK/validation.jsonl as RULER writes them, instead of making some.",
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Instead of the checkpoint's own.")
+_SEED = flags.DEFINE_integer("seed", 42, "Of the samples.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts that are answered together.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of the computation.")
+_CHAT = flags.DEFINE_bool("chat", False, "Use the checkpoint's chat template.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Most tokens of prompt and budget; 0: the length asked for, or the window."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: greedy.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens only.")
+_DEPTHS = flags.DEFINE_list("depths", [str(d) for d in depths.DEPTHS], "Of the needles, 0 to 1.")
+_TOGETHER = flags.DEFINE_bool("together", False, "The needles of all depths in one haystack.")
+_COUNTS = {
+    name: flags.DEFINE_integer(f"num_{name}", 1, f"Of niah_custom: {name}.")
+    for name in ("keys", "values", "queries")
+}
+_RUN_CODE = flags.DEFINE_bool(
+    "run_code",
+    False,
+    "Run programs that the model wrote (humaneval): no network, limited time and memory.",
+)
+_PATHS = {
+    name: flags.DEFINE_string(name, "", text)
+    for name, text in (
+        ("ruler_dir", "A checkout of RULER: take its published wording and its word lists."),
+        ("squad", 'SQuAD\'s json file for qa_1, or "sample".'),
+        ("hotpotqa", 'HotpotQA\'s json file for qa_2, or "sample".'),
+        ("longbench_dir", "The folder with LongBench's NAME.jsonl."),
+        ("longbench_wording", "A checkout of LongBench: take its published prompts."),
+        ("loogle_dir", "The folder with LooGLE's NAME.jsonl."),
+        ("loogle_wording", "A checkout of LooGLE: take its published prompts."),
+        ("humaneval", "HumanEval.jsonl, for the task humaneval."),
+    )
+}
+
+
+def main(argv) -> None:
+    checkpoints = argv[1:]
+    if _OUT.value is None:
+        raise UserError("--out is missing; see --help")
+    out = pathlib.Path(_OUT.value)
+    options = _options()
+    if _SCORE_ONLY.value:
+        _score(options, out)
+        return
+    if _GENERATE_ONLY.value:
+        spec = (
+            _TOKENIZER.value
+            or (checkpoints and loading.load(checkpoints[0])[2])
+            or gguf.packaged_smollm2()
+        )
+        generate(options, Prompter(load_tokenizer(spec), _CHAT.value), out)
+        return
+    if not checkpoints:
+        raise UserError("no checkpoint is named; allowed: one and more, or --generate_only")
+    found = {}
+    for name, path in _named(checkpoints).items():
+        config, params, spec = loading.load(path)
+        spec = _TOKENIZER.value or spec
+        if spec is None:
+            raise UserError(
+                f"{path}: the checkpoint brings no tokenizer; allowed: --tokenizer=PATH"
+            )
+        config = dataclasses.replace(config, dtype=_DTYPE.value)
+        params = ready(config, params)
+        found[name] = evaluate(options, config, params, load_tokenizer(spec), out, name, str(path))
+    text = markdown({name: result["summary"] for name, result in found.items()})
+    (out / "comparison.md").write_text(text)
+    print(text)
+
+
+def _options() -> suite.Options:
+    return suite.Options(
+        tasks=tuple(_TASKS.value), lengths=_numbers("lengths", _LENGTHS.value, int), samples=_SAMPLES.value,
+        seed=_SEED.value, depths=_numbers("depths", _DEPTHS.value, float), together=_TOGETHER.value,
+        run_code=_RUN_CODE.value,
+        **{f"num_{name}": flag.value for name, flag in _COUNTS.items()},
+        **{name: flag.value for name, flag in _PATHS.items()},
+    )  # fmt: skip
+
+
+def _numbers(flag: str, values, kind) -> tuple:
+    try:
+        return tuple(kind(value) for value in values)
+    except ValueError as error:
+        raise UserError(f"--{flag}={','.join(values)}: {error}") from error
+
+
+def _named(paths) -> dict[str, str]:
+    """A short name for each checkpoint: the last part of its path, with as much before it as tells them apart."""
+    names: dict[str, str] = {}
+    for path in paths:
+        parts = pathlib.PurePath(path).parts
+        name = next(
+            (
+                n
+                for i in range(1, len(parts) + 1)
+                if (n := "-".join(parts[-i:]).strip("/-")) not in names
+            ),
+            None,
+        )
+        if name is None:
+            raise UserError(f"checkpoint {path} is there twice")
+        names[name] = path
+    return names
+
+
+def generate(options, prompter, out: pathlib.Path) -> None:
+    """Writes the samples of every task and length."""
+    made = suite.Suite(options, prompter)
+    for name, length in options.pairs():
+        start = time.perf_counter()
+        task = made.make(name, length)
+        write_jsonl(_samples_file(out, name, length), questions.rows_of(task))
+        seconds = (time.perf_counter() - start) / len(task.samples)
+        logging.info(
+            "%s %s: %d samples, %.2f s each", name, length or "", len(task.samples), seconds
+        )
+        print(
+            f"{_samples_file(out, name, length)}: {len(task.samples)} samples, {seconds:.2f} s each"
+        )
+
+
+def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
+    """Asks one checkpoint everything; returns and writes its results."""
+    prompter = Prompter(tokenizer, _CHAT.value)
+    made = suite.Suite(options, prompter)
+    answer = questions.lrjax_answerer(
+        config, params, tokenizer, batch_size=_BATCH_SIZE.value, temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value, seed=_SEED.value,
+    )  # fmt: skip
+    about = {
+        "checkpoint": path, "dtype": config.dtype, "window": config.max_position_embeddings,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value, "options": dataclasses.asdict(options),
+    }  # fmt: skip
+    results: dict[str, dict] = {}
+    for task_name, length in options.pairs():
+        start = time.perf_counter()
+        task = made.make(task_name, length)
+        if _SAMPLES_DIR.value:
+            given = read_samples(pathlib.Path(_SAMPLES_DIR.value) / task_name / "validation.jsonl")
+            task = dataclasses.replace(task, samples=given[: options.samples])
+        else:
+            write_jsonl(_samples_file(out, task_name, length), questions.rows_of(task))
+        made_in = time.perf_counter() - start
+        key = str(length or "all")
+        file = _file(task_name)
+        result = questions.ask(
+            task, answer, prompter, limit=suite.best_limit(task, config.max_position_embeddings, _LIMIT.value),
+            predictions=out / name / key / "pred" / f"{file}.jsonl",
+            progress=questions.progress_log(f"{name} {task_name} {key}"),
+        )  # fmt: skip
+        result["seconds"] = {"samples": made_in, "answers": time.perf_counter() - start - made_in}
+        results.setdefault(task_name, {})[key] = result
+        low, high = result["interval"]
+        logging.info(
+            "%s %s %s: %.1f (%.1f to %.1f), %d samples, %d cut, %d empty", name, task_name, key, result["score"],
+            low, high, result["count"], result["cut"], result["empty"],
+        )  # fmt: skip
+        everything = about | {"summary": suite.summary(results), "results": results}
+        wd.write_json(out / name / "results.json", everything)
+    for task_name, by_length in results.items():
+        if task_name in depths.KINDS:
+            everything.setdefault("cells", {})[task_name] = depths.cells(list(by_length.values()))
+    wd.write_json(out / name / "results.json", everything)
+    return everything
+
+
+def _score(options, out: pathlib.Path) -> None:
+    """Scores answers in RULER's format, TASK.jsonl in the directory of --score_only."""
+    folder = pathlib.Path(_SCORE_ONLY.value)
+    scores = {}
+    for name in options.names():
+        path = folder / f"{_file(name)}.jsonl"
+        scores[name] = suite.score_rows(name, read_jsonl(path), path)
+    wd.write_json(out / "scores.json", scores)
+    print(json.dumps(scores, indent=2))
+
+
+def _file(task: str) -> str:
+    return task.replace(":", "-")
+
+
+def _samples_file(out: pathlib.Path, task: str, length: int | None) -> pathlib.Path:
+    return out / "data" / str(length or "all") / _file(task) / "validation.jsonl"
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    quieten()
+    run_program(main)

@@ -1,0 +1,272 @@
+"""Asks a model the questions of a task and writes down what it said: resumable by sample, scored, summed up.
+
+    result = ask(task, answer, prompter, limit=8192, predictions="out/niah_single_1.jsonl")
+    result["score"], result["interval"], result["count"], result["samples"]
+
+`answer` is anything that continues prompts: `lrjax_answerer(config, params, tokenizer)`, or a function that a test
+gives. Every answer is appended to the predictions file as it comes, in the format of RULER's; the same call after a
+stop asks only what is not there yet.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from lrjax.errors import UserError
+from lrjax.evaluation.reader import answers
+from lrjax.evaluation.samples import Prompter, Sample, read_jsonl
+from lrjax.evaluation.statistics import wilson_interval
+
+SHOWN = 3  # samples that a result holds in full
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Samples of one kind and how their answers are scored, from 0 to 1."""
+
+    name: str
+    samples: Sequence[Sample]
+    max_new_tokens: int
+    score: Callable[[str, Sample], float]
+    about: Mapping  # goes into the result: benchmark, length, seed, template, wording
+    stop: tuple[str, ...] = ()  # an answer ends before the first of these
+    more: Mapping[str, Callable[[str, Sample], float]] = dataclasses.field(
+        default_factory=dict
+    )  # other scores
+    groups: Callable[[Sample], str] | None = None  # scores are also given for each group
+    # Too long a prompt is cut in the middle, as the benchmark does, and counted; otherwise it is an error.
+    cut: bool = False
+    chat: bool = True  # whether the chat template, if one is used, is used here, too
+
+
+# Continues prompts: (token ids, max_new_tokens, stop strings) -> (index, text) of each, in any order.
+Answerer = Callable[[Sequence[np.ndarray], int, Sequence[str]], Iterable[tuple[int, str]]]
+
+
+def lrjax_answerer(
+    config, params, tokenizer, *, batch_size: int = 1, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+) -> Answerer:  # fmt: skip
+    """A model as `ask` takes it: answers end at the tokenizer's end token or a stop string."""
+
+    def answer(prompts, max_new_tokens, stop):
+        def stopped(ids):
+            text = tokenizer.decode(ids)
+            return any(word in text for word in stop)
+
+        rows = answers(
+            config, params, prompts, max_new_tokens, batch_size=batch_size, temperature=temperature,
+            top_p=top_p, eos_id=tokenizer.eos_id, stop=stopped if stop else None,
+            rng=jax.random.key(seed) if temperature else None,
+        )  # fmt: skip
+        for index, row in rows:
+            if len(row) and row[-1] == tokenizer.eos_id:
+                row = row[:-1]
+            yield index, before_stop(tokenizer.decode(row), stop)
+
+    return answer
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first stop string."""
+    found = [place for word in stop if (place := text.find(word)) >= 0]
+    return text[: min(found)] if found else text
+
+
+def ask(
+    task: Task,
+    answer: Answerer,
+    prompter: Prompter,
+    *,
+    limit: int | None = None,
+    predictions=None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Asks every question that has no answer yet and sums up.
+
+    Args:
+      limit: most tokens of prompt and budget that the model takes.
+      predictions: jsonl of the answers; None keeps them in memory.
+      progress: called with (answers there, questions).
+
+    Returns:
+      {"task", "score" (0 to 100), "interval" (95 %, Wilson), "count", "empty" (answers without text), "cut" (prompts
+      cut in the middle), "tokens" (of the prompts), "max_new_tokens", "chat_template", "samples": [{"prompt",
+      "answer", "outputs", "score"}] and what the task says about itself}.
+
+    Raises:
+      UserError: a prompt with its budget over the limit in a task that does not cut; a predictions file of other
+        samples, or with a broken line.
+    """
+    asker = prompter if task.chat else dataclasses.replace(prompter, chat=False)
+    prompts, cut = {}, 0
+    for sample in task.samples:
+        tokens = asker.tokens(sample)
+        if limit is not None and len(tokens) + task.max_new_tokens > limit:
+            if not task.cut:
+                raise UserError(
+                    f"{task.name}: sample {sample.index} has {len(tokens)} tokens and a budget of "
+                    f"{task.max_new_tokens}; the limit is {limit}"
+                )
+            tokens = cut_middle(sample, asker, limit - task.max_new_tokens)
+            cut += 1
+        prompts[sample.index] = tokens
+    if len(prompts) < len(task.samples):
+        raise UserError(f"{task.name}: two samples have the same index")
+
+    done = _read_done(predictions, task) if predictions else {}
+    missing = [sample for sample in task.samples if sample.index not in done]
+    if done:
+        logging.info("%s: %d of %d answers are there", task.name, len(done), len(task.samples))
+    with _appender(predictions) as append:
+        given = answer([prompts[s.index] for s in missing], task.max_new_tokens, task.stop)
+        for place, text in given:
+            sample = missing[place]
+            done[sample.index] = text
+            append(
+                {
+                    "index": sample.index, "pred": text, "input": asker.text(sample),
+                    "outputs": list(sample.outputs), "others": {}, "truncation": -1, "length": sample.length,
+                }
+            )  # fmt: skip
+            if progress:
+                progress(len(done), len(task.samples))
+    return summed_up(task, asker, done, cut, sum(map(len, prompts.values())))
+
+
+def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) -> dict:
+    """The result of `ask` out of the answers by index."""
+    samples = task.samples
+    scores = {s.index: task.score(done[s.index], s) for s in samples}
+    weights = {s.index: s.extra.get("weight", 1) for s in samples}
+
+    def mean(values: Mapping[int, float]) -> float:
+        return sum(values[i] * weights[i] for i in values) / sum(weights[i] for i in values)
+
+    count = len(samples)
+    total = mean(scores) * count
+    result = {
+        "task": task.name,
+        "score": 100 * mean(scores),
+        # For scores between 0 and 1 the interval is wider than need be, never narrower.
+        "interval": [100 * end for end in wilson_interval(total, count)],
+        "count": count,
+        "empty": sum(not done[sample.index].strip() for sample in samples),
+        "cut": cut,
+        "tokens": tokens,
+        "max_new_tokens": task.max_new_tokens,
+        "stop": list(task.stop),
+        "chat_template": prompter.template,
+        **task.about,
+    }
+    if task.more:
+        result["more"] = {
+            name: 100 * mean({s.index: score(done[s.index], s) for s in samples})
+            for name, score in task.more.items()
+        }
+    if task.groups:
+        members: dict[str, list[int]] = {}
+        for sample in samples:
+            members.setdefault(task.groups(sample), []).append(sample.index)
+        result["groups"] = {
+            name: {
+                "score": 100 * mean({i: scores[i] for i in indices}),
+                "interval": [100 * e for e in wilson_interval(sum(scores[i] for i in indices), len(indices))],
+                "count": len(indices),
+            }
+            for name, indices in members.items()
+        }  # fmt: skip
+    return result | {
+        "samples": [
+            {
+                "prompt": prompter.text(sample), "answer": done[sample.index],
+                "outputs": list(sample.outputs), "score": scores[sample.index],
+            }
+            for sample in samples[:SHOWN]
+        ],
+    }  # fmt: skip
+
+
+def cut_middle(sample: Sample, prompter: Prompter, room: int) -> np.ndarray:
+    """The prompt with the middle of its input left out, `room` tokens at most.
+
+    As LongBench does it: the first and the last half of the room, as text, then in the chat template.
+    """
+    tokenizer = prompter.tokenizer
+    ids = tokenizer.encode(sample.input)
+    frame = len(prompter.tokens(sample)) - len(ids)
+    half = (room - frame) // 2
+    while half > 0:
+        text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half :])
+        tokens = prompter.tokens(sample._replace(input=text))
+        if len(tokens) <= room:
+            return tokens
+        half -= 1  # the seam may take a token more than the two halves
+    raise UserError(f"sample {sample.index}: {room} tokens are fewer than what is around its text")
+
+
+def _read_done(path, task: Task) -> dict[int, str]:
+    """Answers that are there: {index: text}. A last line that a stop left unfinished is taken off."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        whole = content.rfind(b"\n") + 1
+        logging.warning("%s: the last line is unfinished and is asked again", path)
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+    known = {sample.index: sample for sample in task.samples}
+    done = {}
+    for number, row in read_jsonl(path):
+        sample = known.get(row.get("index"))
+        if sample is None or list(sample.outputs) != row.get("outputs"):
+            raise UserError(
+                f"{path}, line {number}: an answer to another question than {task.name} asks now; "
+                "remove the file or choose another --out"
+            )
+        done[row["index"]] = str(row.get("pred", ""))
+    return done
+
+
+class _appender:
+    """Appends rows to a file, each on disk before the next question; process 0 does, and only with a path."""
+
+    def __init__(self, path):
+        self._path, self._file = path, None
+
+    def __enter__(self) -> Callable[[dict], None]:
+        if self._path and jax.process_index() == 0:
+            path = pathlib.Path(self._path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")
+        return self._append
+
+    def _append(self, row: dict) -> None:
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __exit__(self, *exception) -> None:
+        if self._file:
+            self._file.close()
+
+
+def progress_log(name: str) -> Callable[[int, int], None]:
+    """Logs how far a task is, every 20 seconds at most."""
+
+    def progress(done, total):
+        logging.log_every_n_seconds(logging.INFO, "%s: %d of %d answers", 20, name, done, total)
+
+    return progress
+
+
+def rows_of(task: Task) -> Iterator[dict]:
+    """The samples as lines of RULER's jsonl."""
+    return (sample.row() for sample in task.samples)

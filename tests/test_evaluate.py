@@ -1,0 +1,143 @@
+"""The command: samples without a model, answers that go on after a stop, results that say what was asked."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from lrjax import evaluate
+from lrjax.checkpoints import orbax
+from lrjax.data.tokenizers import byte_tokenizer
+from lrjax.errors import UserError
+from lrjax.evaluation import suite
+from lrjax.evaluation.suite import Options
+from lrjax.models.llama import LlamaConfig, init_params
+from lrjax.reporting.comparison import markdown
+
+CONFIG = LlamaConfig(
+    vocab_size=257, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8,
+    max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    paths = []
+    for seed in (0, 1):
+        path = tmp_path_factory.mktemp("models") / f"model{seed}"
+        orbax.save_model(
+            path, CONFIG, jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(seed))
+        )
+        byte_tokenizer().save(path / "tokenizer")
+        paths.append(str(path))
+    return paths
+
+
+def run(*arguments):
+    with flagsaver.flagsaver():
+        evaluate.main(flags.FLAGS(["evaluate", *arguments]))
+
+
+def test_samples_need_no_model(tmp_path):
+    run("--tasks=niah_single_1,fwe,passkey", "--lengths=1024,2048", "--samples=2", "--depths=0.1,0.9",
+        "--generate_only", f"--out={tmp_path}")  # fmt: skip
+    for length in (1024, 2048):
+        for task, count in (("niah_single_1", 2), ("fwe", 2), ("passkey", 4)):
+            file = tmp_path / "data" / str(length) / task / "validation.jsonl"
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            assert len(rows) == count and all(row["length"] <= length for row in rows)
+
+
+def test_checkpoints_side_by_side(checkpoints, tmp_path):
+    command = (
+        "--tasks=niah_single_1,number",
+        "--lengths=2048",
+        "--samples=1",
+        "--depths=0.5",
+        f"--out={tmp_path}",
+    )
+    run(*checkpoints, *command)
+    results = json.loads((tmp_path / "model1" / "results.json").read_text())
+    one = results["results"]["niah_single_1"]["2048"]
+    assert one["count"] == 1 and one["seed"] == 42 and one["template"]["needle"]
+    assert one["samples"][0]["prompt"] and results["cells"]["number"][0]["depth"] == 0.5
+    assert results["summary"]["niah_single_1"]["2048"] == one["score"]
+    answers = tmp_path / "model0" / "2048" / "pred" / "niah_single_1.jsonl"
+    before = answers.read_text()
+    run(*checkpoints, *command)  # again: nothing is asked
+    assert answers.read_text() == before
+    table = (tmp_path / "comparison.md").read_text()
+    assert (
+        table.splitlines()[0] == "| task | length | model0 | model1 |"
+        and len(table.splitlines()) == 4
+    )
+    run(
+        "--tasks=niah_single_1",
+        "--lengths=2048",
+        f"--score_only={answers.parent}",
+        f"--out={tmp_path}",
+    )
+    assert (
+        json.loads((tmp_path / "scores.json").read_text())["niah_single_1"]["score"] == one["score"]
+    )
+    samples = tmp_path / "data" / "2048"
+    run(checkpoints[0], *command[:-1], f"--samples_dir={samples}", f"--out={tmp_path / 'given'}")
+    given = json.loads((tmp_path / "given" / "model0" / "results.json").read_text())
+    first = json.loads((tmp_path / "model0" / "results.json").read_text())
+    assert (
+        given["results"]["number"]["2048"]["samples"]
+        == first["results"]["number"]["2048"]["samples"]
+    )
+
+
+def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lrjax.evaluate", "--tasks=niah,nonsense", "--lengths=4096", f"--out={tmp_path}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "unknown task 'nonsense'; allowed: ruler, niah_m" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ()}, "tasks: none"),
+        ({"tasks": ("vt",)}, "lengths: none; vt needs one"),
+        ({"tasks": ("vt",), "lengths": (0,)}, "1 token and more"),
+        ({"tasks": ("vt",), "lengths": (64,), "samples": 0}, "samples: 0"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Options(**options)
+
+
+def test_groups_are_written_out():
+    options = Options(("niah_m", "niah_multivalue", "longbench"), (4096, 8192))
+    assert len(options.pairs()) == 5 * 2 + 21 and options.pairs()[0] == ("niah_multikey_1", 4096)
+    assert options.pairs()[-1] == ("longbench:repobench-p", None)
+
+
+def test_invented_questions_make_no_mean():
+    def result(name, **more):
+        return {"4096": {"score": 50.0, "parameters": {}} | more}
+
+    real = {name: result(name) for name in suite.GROUPS["ruler"]}
+    assert suite.summary(real)["ruler"] == {"4096": 50.0}
+    invented = {
+        "parameters": {"dataset": "squad"},
+        "sources": {"squad": "invented sample, not the data set"},
+    }
+    found = suite.summary(real | {"qa_1": result("qa_1", **invented)})
+    assert "ruler" not in found and found["qa_1"] == {"4096": 50.0} and found["niah_m"]
+
+
+def test_a_comparison_has_a_dash_for_what_was_not_asked():
+    table = markdown({"a": {"vt": {"1": 12.34}}, "b": {"cwe": {"1": np.float64(5)}}})
+    assert table.splitlines()[2:] == ["| vt | 1 | 12.3 | - |", "| cwe | 1 | - | 5.0 |"]

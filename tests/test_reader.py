@@ -1,0 +1,238 @@
+"""What prompts share is read once, and changes no token; a run that was stopped goes on where it was."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrjax import sharding
+from lrjax.data.tokenizers import byte_tokenizer
+from lrjax.errors import UserError
+from lrjax.evaluation import decoding
+from lrjax.evaluation.generate import generate, prefill
+from lrjax.evaluation.questions import Task, ask, before_stop, cut_middle, lrjax_answerer
+from lrjax.evaluation.reader import SHARED, Reader, answers, shared_length
+from lrjax.evaluation.samples import Prompter, Sample
+from lrjax.models.llama import LOGICAL_AXES, LlamaConfig, init_params
+
+CONFIG = LlamaConfig(
+    vocab_size=257, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
+    dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(
+        lambda leaf: 2 * leaf, jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Six prompts: three questions on one document, two that share half, one that shares nothing."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, 257, n).astype(np.int32)  # noqa: E731
+    document = draw(SHARED + 9)
+    questions = [np.concatenate([document, draw(n)]) for n in (3, 12, 7)]
+    halves = [np.concatenate([document[:40], draw(50)]) for _ in range(2)]
+    return [draw(20), *questions, *halves]
+
+
+@pytest.fixture(scope="module")
+def alone(params, prompts):
+    """The answers, every prompt by itself."""
+    return [generate(CONFIG, params, [p], 7, prefill_chunk=128)[0].tolist() for p in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_sharing_and_batching_change_no_token(params, prompts, alone, batch_size):
+    found = dict(answers(CONFIG, params, prompts, 7, batch_size=batch_size, chunk=128))
+    assert {i: row.tolist() for i, row in found.items()} == dict(enumerate(alone))
+
+
+def test_a_shared_beginning_is_read_once(params, prompts, alone):
+    reader = Reader(CONFIG, params, max_length=SHARED + 40, chunk=128)
+    for prompt, answer in zip(prompts[1:4], alone[1:4], strict=True):
+        assert reader.answer(prompt, 7).tolist() == answer
+    document = shared_length(prompts[1], prompts[2])
+    assert reader.tokens_read == document + 3 + 12 + 7
+    reader.read(prompts[1])  # again, and back: only its own end
+    assert reader.tokens_read == document + 3 + 12 + 7 + 3
+    scored = reader.filled(prompts[2]).score([np.asarray(alone[2], np.int32)])
+    assert scored[0].argmax.tolist() == alone[2]
+    with pytest.raises(UserError, match="the reader was made for"):
+        reader.answer(prompts[1], 100)
+
+
+def test_questions_fork_from_one_document(params, prompts, alone):
+    document = prompts[1][: SHARED + 9]
+    filled = prefill(CONFIG, params, [document], room=300, chunk=128)
+    forked = filled.fork([p[len(document) :] for p in prompts[1:4]], room=7, chunk=128)
+    assert [row.tolist() for row in forked.generate(7)] == alone[1:4]
+    with pytest.raises(UserError, match="allowed: one"):
+        forked.fork([prompts[0]], room=1)
+
+
+def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2})
+    axes = {name: LOGICAL_AXES[name] for name in params}
+    shardings = sharding.tree_shardings(axes, mesh)
+    shardings["embedding"] = shardings["head"] = sharding.replicated(mesh)  # 257 does not divide
+    placed = jax.device_put(params, shardings)
+    filled = prefill(CONFIG, placed, prompts[:2], room=8, chunk=128)
+    assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
+    assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[3] == 1
+    assert [row.tolist() for row in filled.generate(7)] == alone[:2]
+
+
+def test_the_cache_has_the_compute_dtype(params, prompts):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert prefill(config, params, prompts[:1], room=2).cache["k"].dtype == jnp.bfloat16
+    ready = decoding.ready(config, params)
+    assert ready["layers"]["q"].dtype == jnp.bfloat16
+    assert ready["layers"]["attention_norm"].dtype == jnp.float32
+    same = generate(config, ready, prompts[:1], 5)[0]
+    assert same.tolist() == generate(config, params, prompts[:1], 5)[0].tolist()
+
+
+def test_a_nucleus_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+    for top_p in (0.1, 0.5, 0.9):
+        warp = transformers.TopPLogitsWarper(top_p)
+        theirs = warp(None, torch.tensor(logits)).numpy()
+        ours = np.asarray(decoding.nucleus(jnp.asarray(logits), top_p))
+        np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))
+
+
+def test_drawing_from_a_small_nucleus_is_greedy(params, prompts, alone):
+    drawn = generate(
+        CONFIG, params, prompts[:1], 7, temperature=1.0, top_p=1e-6, rng=jax.random.key(0)
+    )
+    assert drawn[0].tolist() == alone[0]
+    with pytest.raises(UserError, match="top_p is 0"):
+        generate(CONFIG, params, prompts[:1], 2, temperature=1.0, top_p=0, rng=jax.random.key(0))
+
+
+def test_several_end_tokens_and_stops_end_a_row(params, prompts, alone):
+    wanted = alone[0][4]
+    first = alone[0].index(wanted)
+    row = generate(CONFIG, params, prompts[:1], 7, eos_id=(300, wanted))[0]
+    assert row.tolist() == alone[0][: first + 1]
+    calls = []
+
+    def stop(ids):
+        calls.append(len(ids))
+        return True
+
+    assert len(generate(CONFIG, params, prompts[:1], 200, stop=stop)[0]) == 1 and calls == [1]
+
+
+def test_positions_may_skip(params, prompts):
+    """What stands at positions 0..9 and 50.. is told from what stands at 0.. by its answer's scores."""
+    plain = prefill(CONFIG, params, prompts[:1], room=8)
+    skipping = [np.concatenate([np.arange(10), 50 + np.arange(10)])]
+    skipped = prefill(CONFIG, params, prompts[:1], room=8, positions=skipping)
+    assert skipped.next_positions_B.tolist() == [60] and plain.next_positions_B.tolist() == [20]
+    answer = [np.array([1, 2, 3], np.int32)]
+    assert np.abs(plain.score(answer)[0].nll - skipped.score(answer)[0].nll).max() > 1e-4
+    with pytest.raises(UserError, match="positions: lengths"):
+        prefill(CONFIG, params, prompts[:1], room=8, positions=[np.arange(3)])
+
+
+# ------------------------------------------------------------------------------------------------- questions
+
+
+def small_task(**changes) -> Task:
+    samples = [
+        Sample(i, f"text number {i}, which goes on for a while", " ->", (str(i),), extra={})
+        for i in range(4)
+    ]
+    settings = {
+        "name": "small", "samples": samples, "max_new_tokens": 3, "about": {"seed": 1},
+        "score": lambda answer, sample: float(sample.outputs[0] in answer),
+    }  # fmt: skip
+    return Task(**(settings | changes))
+
+
+def test_a_stopped_run_asks_only_what_is_missing(tmp_path):
+    prompter = Prompter(byte_tokenizer())
+    file = tmp_path / "pred" / "small.jsonl"
+    asked = []
+
+    def dies(prompts, max_new_tokens, stop):
+        yield 2, "it is 2"
+        yield 0, "none"
+        raise KeyboardInterrupt
+
+    def answer(prompts, max_new_tokens, stop):
+        asked.append(len(prompts))
+        for index in reversed(range(len(prompts))):
+            yield index, "3 or 1"
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(small_task(), dies, prompter, predictions=file)
+    with open(file, "a") as torn:
+        torn.write('{"index": 3, "pred": "th')
+    result = ask(small_task(), answer, prompter, predictions=file)
+    assert asked == [2] and result["score"] == 75 and result["count"] == 4
+    low, high = result["interval"]
+    assert low < 75 < high
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["index"] for row in rows] == [2, 0, 3, 1]
+    assert set(rows[0]) == {"index", "pred", "input", "outputs", "others", "truncation", "length"}
+    other = small_task(samples=[Sample(0, "", "", ("else",))])
+    with pytest.raises(UserError, match=r"small.jsonl, line 1: an answer to another question"):
+        ask(other, answer, prompter, predictions=file)
+
+
+def test_no_prompt_is_cut_silently():
+    prompter = Prompter(byte_tokenizer())
+    lengths = []
+
+    def answer(prompts, max_new_tokens, stop):
+        lengths.extend(map(len, prompts))
+        return [(i, str(i)) for i in range(len(prompts))]
+
+    with pytest.raises(
+        UserError, match=r"small: sample 0 has 43 tokens and a budget of 3; the limit is 30"
+    ):
+        ask(small_task(), answer, prompter, limit=30)
+    result = ask(small_task(cut=True), answer, prompter, limit=30)
+    assert result["cut"] == 4 and lengths == [27] * 4
+    sample = small_task().samples[0]
+    text = byte_tokenizer().decode(cut_middle(sample, prompter, 27))
+    assert text.startswith("text number") and text.endswith("while ->") and len(text) == 27
+    with pytest.raises(UserError, match="fewer than what is around"):
+        cut_middle(sample, prompter, 3)
+
+
+def test_a_model_answers_until_its_stop(params):
+    tokenizer = byte_tokenizer()
+    task = small_task(score=lambda answer, sample: 1.0, max_new_tokens=40)
+    prompter = Prompter(tokenizer)
+    free = ask(task, lrjax_answerer(CONFIG, params, tokenizer), prompter)["samples"][0]["answer"]
+    word = free[5]
+    stopped = dataclasses.replace(task, stop=(word,))
+    result = ask(stopped, lrjax_answerer(CONFIG, params, tokenizer), prompter)
+    assert result["samples"][0]["answer"] == before_stop(free, (word,))
+    assert result["stop"] == [word]
+
+
+def test_a_chat_template_frames_the_question_and_not_the_answer_prefix():
+    class Chatty:
+        chat_template = "a template"
+
+        def chat(self, messages, add_generation_prompt):
+            assert add_generation_prompt and messages[0]["role"] == "user"
+            return f"<user>{messages[0]['content']}<assistant>"
+
+        encode = staticmethod(byte_tokenizer().encode)
+
+    sample = Sample(0, "question", " prefix", ("1",))
+    assert Prompter(Chatty(), chat=True).text(sample) == "<user>question<assistant> prefix"
