@@ -134,3 +134,31 @@ def test_split_over_eight_devices_is_one_device(small_blocks):
     split += [jax.device_put(x, rows) for x in inputs[3:]]
     for got, want in zip(gradients(blockwise, split), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("kinds", [{"window": 5}, {"window": 21}, {"soft_cap": 1.5, "scale": 0.8}])
+def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, kinds):
+    def with_kinds(kernel):
+        return lambda *args: kernel(*args, **kinds)
+
+    inputs = make_inputs(7, L=50, segments=2)
+    out = jax.jit(with_kinds(blockwise))(*inputs)
+    np.testing.assert_allclose(out, with_kinds(reference)(*inputs), atol=2e-5)
+    ours, theirs = (gradients(with_kinds(kernel), inputs) for kernel in (blockwise, reference))
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_sliding_window_sees_so_many_keys_and_may_be_traced(small_blocks, implementation):
+    q, k, v, _, _ = make_inputs(8, B=1, L=40)
+    ids_BL = jnp.ones((1, 40), jnp.int32)
+
+    def out(v, window):
+        kinds = {"implementation": implementation, "window": window}
+        return attention(q, k, v, ids_BL, ids_BL, **kinds).sum(axis=(2, 3))
+
+    jacobian_BLBS = jax.jit(jax.jacrev(out))(v, jnp.int32(7))
+    seen_LS = jnp.abs(jacobian_BLBS[0, :, 0]).sum(axis=(2, 3)) > 0
+    expected_LS = np.tril(np.ones((40, 40), bool)) & ~np.tril(np.ones((40, 40), bool), -7)
+    np.testing.assert_array_equal(seen_LS, expected_LS)

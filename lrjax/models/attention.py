@@ -1,8 +1,9 @@
 """Causal grouped-query attention over packed documents.
 
 `attention(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)`: query i stands at index
-q_offset + i among the keys and sees key j iff j <= q_offset + i and both carry the same segment id. Causality
-is by index, never by the value of a position. Two implementations, tested against each other:
+q_offset + i among the keys and sees key j iff j <= q_offset + i and both carry the same segment id; with a
+sliding `window`, only if j is also among the last `window` keys up to the query. Causality and window are
+by index, never by the value of a position. Two implementations, tested against each other:
 
 * `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences.
 * `blockwise` (`lrjax.models.blockwise`): memory linear in L, work only where something is seen.
@@ -39,6 +40,9 @@ def attention(
     q_offset: Int[Array, ""] | int = 0,
     *,
     implementation: str = "auto",
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B L N H"]:
     """Attends from every query to the keys at or before its own index in the same segment.
 
@@ -50,6 +54,9 @@ def attention(
         k_segment_ids_BS: document of each key.
         q_offset: index among the keys of the first query; may be traced.
         implementation: one of `IMPLEMENTATIONS`.
+        window: keys that a query sees, itself among them; may be traced. None: all before it.
+        soft_cap: scores are squeezed into (-soft_cap, soft_cap) by soft_cap * tanh(score / soft_cap).
+        scale: of the products of queries and keys; default 1 / sqrt(H).
 
     Returns:
         The attended values in the dtype of q, under the remat name "attention".
@@ -57,19 +64,45 @@ def attention(
     if implementation == "auto":
         implementation = _choose(q_BLNH.shape[1], k_BSKH.shape[1])
     kernel = {"blockwise": blockwise, "reference": reference}[implementation]
-    out_BLNH = kernel(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
+    out_BLNH = kernel(
+        q_BLNH,
+        k_BSKH,
+        v_BSKH,
+        q_segment_ids_BL,
+        k_segment_ids_BS,
+        q_offset,
+        window=window,
+        soft_cap=soft_cap,
+        scale=scale,
+    )
     return checkpoint_name(out_BLNH, "attention")
 
 
-def reference(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset=0):
+def reference(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_segment_ids_BL,
+    k_segment_ids_BS,
+    q_offset=0,
+    *,
+    window=None,
+    soft_cap=None,
+    scale=None,
+):
     """Plain attention: all scores at once, softmax in float32. Arguments as in `attention`."""
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
     scores_BKGLS = jnp.einsum(
         "BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
-    causal_LS = jnp.arange(S) <= q_offset + jnp.arange(L)[:, None]
+    ) * (1 / math.sqrt(H) if scale is None else scale)
+    if soft_cap is not None:
+        scores_BKGLS = soft_cap * jnp.tanh(scores_BKGLS / soft_cap)
+    q_index_L1 = q_offset + jnp.arange(L)[:, None]
+    causal_LS = jnp.arange(S) <= q_index_L1
+    if window is not None:
+        causal_LS &= jnp.arange(S) > q_index_L1 - window
     same_BLS = q_segment_ids_BL[:, :, None] == k_segment_ids_BS[:, None, :]
     seen_BKGLS = (causal_LS & same_BLS)[:, None, None]
     weights_BKGLS = jax.nn.softmax(jnp.where(seen_BKGLS, scores_BKGLS, _LOW), axis=-1)

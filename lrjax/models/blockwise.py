@@ -12,6 +12,7 @@ heads that are split over devices stay split.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,18 @@ BLOCK_SCORES = (
 _LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
 
 
-def blockwise(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset=0):
+def blockwise(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_segment_ids_BL,
+    k_segment_ids_BS,
+    q_offset=0,
+    *,
+    window=None,
+    soft_cap=None,
+    scale=None,
+):
     """Causal attention within segments; arguments and result as in `lrjax.models.attention.attention`."""
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -47,38 +59,48 @@ def blockwise(q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offs
         q_segment_ids_BL,
         k_segment_ids_BS,
         jnp.asarray(q_offset, jnp.int32),
-        bq,
-        bk,
+        None if window is None else jnp.asarray(window, jnp.int32),
+        _Static(bq, bk, soft_cap, 1 / math.sqrt(H) if scale is None else scale),
     )
     out_BLKGH = out_BKRH.reshape(B, K, -1, G, H).swapaxes(1, 2)
     return out_BLKGH.reshape(B, -1, N, H)[:, :L]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _blockwise(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk):
-    return _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk)[0]
+class _Static(NamedTuple):
+    """What is fixed when the kernel is compiled: block sizes, and how scores are made of products."""
+
+    bq: int
+    bk: int
+    soft_cap: float | None
+    scale: float
 
 
-def _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, bq, bk):
-    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk)
-    core = functools.partial(_forward_core, bq=bq, bk=bk)
-    core = jax.vmap(core, in_axes=(0, 0, 0, None, None, None, None))  # key heads
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, None, None))  # rows of the batch
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _blockwise(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static):
+    return _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static)[0]
+
+
+def _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static):
+    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
+    core = functools.partial(_forward_core, static=static)
+    core = jax.vmap(core, in_axes=(0, 0, 0, None, None, None, None, None))  # key heads
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, None, None, None))  # rows of the batch
     out_BKRH, lse_BKR = core(
-        q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, _ranges(visible_ij)
+        q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, _ranges(visible_ij)
     )
     out_BKRH = checkpoint_name(out_BKRH, "attention")
     lse_BKR = checkpoint_name(lse_BKR, "attention")
-    return out_BKRH, (q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, out_BKRH, lse_BKR)
+    inputs = (q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window)
+    return out_BKRH, (*inputs, out_BKRH, lse_BKR)
 
 
-def _backward(bq, bk, residuals, g_BKRH):
-    q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, out_BKRH, lse_BKR = residuals
+def _backward(static, residuals, g_BKRH):
+    q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, out_BKRH, lse_BKR = residuals
     delta_BKR = jnp.sum(out_BKRH.astype(jnp.float32) * g_BKRH.astype(jnp.float32), axis=-1)
-    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk)
-    core = functools.partial(_backward_core, bq=bq, bk=bk)
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, None, None, None, None))
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None))
+    visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
+    core = functools.partial(_backward_core, static=static)
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, None, None, None, None, None))
+    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None, None))
     q_bar, k_bar, v_bar = core(
         q_BKRH,
         k_BKSH,
@@ -89,16 +111,18 @@ def _backward(bq, bk, residuals, g_BKRH):
         q_seg_BL,
         k_seg_BS,
         q_offset,
+        window,
         _ranges(visible_ij.T),
     )
-    return q_bar, k_bar, v_bar, None, None, None
+    return q_bar, k_bar, v_bar, None, None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, key_ranges, *, bq, bk):
+def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_ranges, *, static):
     """One key head: (output [R, H], log-sum-exp [R]); key_ranges[i] are the key blocks query block i visits."""
+    bq, bk = static.bq, static.bk
     H, rows = q_RH.shape[1], bq * (q_RH.shape[0] // q_seg_L.shape[0])
     q_index_R, q_seg_R = _row_masks(q_seg_L, q_offset, q_RH.shape[0])
 
@@ -110,8 +134,8 @@ def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, key_ranges, *, b
         def key_block(j, carry):
             top, total, acc = carry
             k_index = j * bk + jnp.arange(bk)
-            seen = (k_index <= q_index) & (_block(k_seg_S, j, bk) == q_seg)
-            scores = _dot(q, _block(k_SH, j, bk), 1, 1) / math.sqrt(H)
+            seen = _in_reach(q_index, k_index, window) & (_block(k_seg_S, j, bk) == q_seg)
+            scores = _scores(_dot(q, _block(k_SH, j, bk), 1, 1), static)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = jnp.exp(scores - new_top[:, None])
@@ -131,12 +155,24 @@ def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, key_ranges, *, b
 
 
 def _backward_core(
-    q_RH, k_SH, v_SH, g_RH, lse_R, delta_R, q_seg_L, k_seg_S, q_offset, query_ranges, *, bq, bk
+    q_RH,
+    k_SH,
+    v_SH,
+    g_RH,
+    lse_R,
+    delta_R,
+    q_seg_L,
+    k_seg_S,
+    q_offset,
+    window,
+    query_ranges,
+    *,
+    static,
 ):
     """One key head: cotangents of q, k, v. Scores are held transposed, [keys, rows], and so is q's cotangent:
     then no product contracts the first axis of its left operand, which a CPU does slowly."""
+    bq, bk, soft_cap, scale = static
     H, rows = q_RH.shape[1], bq * (q_RH.shape[0] // q_seg_L.shape[0])
-    scale = 1 / math.sqrt(H)
     q_index_R, q_seg_R = _row_masks(q_seg_L, q_offset, q_RH.shape[0])
 
     def key_block(q_bar_iHR, block):
@@ -147,10 +183,13 @@ def _backward_core(
         def query_block(i, carry):
             k_bar, v_bar, q_bar_iHR = carry
             q, g = _block(q_RH, i, rows), _block(g_RH, i, rows)
-            seen = (k_index <= _block(q_index_R, i, rows)) & (k_seg == _block(q_seg_R, i, rows))
-            scores = jnp.where(seen, _dot(k, q, 1, 1) * scale, -jnp.inf)
-            weights = jnp.exp(scores - _block(lse_R, i, rows))
+            in_reach = _in_reach(_block(q_index_R, i, rows), k_index, window)
+            seen = in_reach & (k_seg == _block(q_seg_R, i, rows))
+            scores = _scores(_dot(k, q, 1, 1), static)
+            weights = jnp.exp(jnp.where(seen, scores, -jnp.inf) - _block(lse_R, i, rows))
             scores_bar = weights * (_dot(v, g, 1, 1) - _block(delta_R, i, rows)) * scale
+            if soft_cap is not None:  # d tanh(x) = 1 - tanh(x)^2
+                scores_bar *= 1 - jnp.square(scores / soft_cap)
             # Each is read by two products or more: the barrier keeps XLA from computing it for each.
             weights, scores_bar = lax.optimization_barrier(
                 (weights.astype(q.dtype), scores_bar.astype(q.dtype))
@@ -172,18 +211,35 @@ def _backward_core(
     return q_bar_RH, k_bar.reshape(k_SH.shape), v_bar.reshape(v_SH.shape)
 
 
-def _visible(q_seg_BL, k_seg_BS, q_offset, bq, bk):
+def _scores(products, static):
+    """q k^T as it enters the softmax: scaled, and held within the soft cap where there is one (Gemma 2)."""
+    scores = products * static.scale
+    if static.soft_cap is None:
+        return scores
+    return static.soft_cap * jnp.tanh(scores / static.soft_cap)
+
+
+def _in_reach(q_index, k_index, window):
+    """Whether the key stands at or before the query, and among the last `window` up to it."""
+    reach = k_index <= q_index
+    return reach if window is None else reach & (k_index > q_index - window)
+
+
+def _visible(q_seg_BL, k_seg_BS, q_offset, window, static):
     """bool [query blocks, key blocks]: whether any row of the batch may see anything in this pair of blocks.
 
     Segment ids are compared by their ranges in the blocks: never too few pairs, and few too many where the
     ids of packed documents rise.
     """
-    B = q_seg_BL.shape[0]
+    B, bq, bk = q_seg_BL.shape[0], static.bq, static.bk
     q_seg, k_seg = q_seg_BL.reshape(B, -1, 1, bq), k_seg_BS.reshape(B, 1, -1, bk)
     overlap = (q_seg.min(-1) <= k_seg.max(-1)) & (k_seg.min(-1) <= q_seg.max(-1))
     last_query_i = q_offset + (jnp.arange(q_seg.shape[1]) + 1) * bq - 1
     first_key_j = jnp.arange(k_seg.shape[2]) * bk
-    return overlap.any(axis=0) & (first_key_j <= last_query_i[:, None])
+    visible_ij = overlap.any(axis=0) & (first_key_j <= last_query_i[:, None])
+    if window is None:
+        return visible_ij
+    return visible_ij & (first_key_j + bk - 1 > last_query_i[:, None] - (bq - 1) - window)
 
 
 def _ranges(visible_ij):
