@@ -26,7 +26,7 @@ from lrjax.data.loader import make_loader
 from lrjax.errors import UserError
 from lrjax.models import head
 from lrjax.models.flops import train_flops
-from lrjax.models.llama import LOGICAL_AXES, Llama, LlamaConfig
+from lrjax.models.llama import Llama, LlamaConfig, logical_axes
 from lrjax.reporting.metrics import MetricWriter, Progress
 from lrjax.training.optimizer import make_optimizer, make_schedule
 
@@ -124,8 +124,7 @@ def check_batch(config, mesh, stage) -> None:
 
 def shardings_of(params, mesh):
     """Shardings for a parameter tree by the logical axes of its leaves."""
-    axes = {name: LOGICAL_AXES[name] for name in params}  # a tied model has no head
-    return sharding.tree_shardings(axes, mesh)
+    return sharding.tree_shardings(logical_axes(params), mesh)
 
 
 def _optimizer_shardings(optimizer, params, mesh):
