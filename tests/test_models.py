@@ -12,12 +12,12 @@ from lrjax.errors import UserError
 from lrjax.models import head
 from lrjax.models.linear import linear
 from lrjax.models.llama import (
-    LOGICAL_AXES,
     REMAT_POLICIES,
     Llama,
     LlamaConfig,
     abstract_params,
     init_params,
+    logical_axes,
 )
 from lrjax.models.rope import apply_rope, paper_theta, rope_angles
 
@@ -159,7 +159,7 @@ def test_split_over_eight_devices_is_one_device(params, dtype):
         lambda axes, a: jax.device_put(
             a, NamedSharding(mesh, PartitionSpec(*(places.get(axis) for axis in axes)))
         ),
-        {name: LOGICAL_AXES[name] for name in params},
+        logical_axes(params),
         params,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -192,10 +192,9 @@ def test_tree_is_the_one_the_axes_describe(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     shapes = abstract_params(config)
     assert ("head" in shapes) is not tied
-    axes = {name: LOGICAL_AXES[name] for name in shapes}
     jax.tree.map(
         lambda names, leaf: [len(names) == leaf.ndim or pytest.fail(str(names))],
-        axes, shapes, is_leaf=lambda node: isinstance(node, tuple),
+        logical_axes(shapes), shapes, is_leaf=lambda node: isinstance(node, tuple),
     )  # fmt: skip
     assert shapes["layers"]["o"].shape == (2, 4, 4, 16)
     assert jax.tree.map(jnp.shape, init_params(config, jax.random.key(0))) == jax.tree.map(

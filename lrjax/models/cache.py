@@ -4,7 +4,8 @@
     x_BLD, cache = model.apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL, cache)
 
 Every call writes its L tokens at indices `length .. length + L - 1`, in all rows, and advances `length`; a
-prompt may come in chunks. Rows of different lengths are padded on the left with segment id 0. Writing past
+prompt may come in chunks. RoPE scalings that depend on the length (dynamic, longrope) go by `max_length`, so
+that all chunks agree on one encoding. Rows of different lengths are padded on the left with segment id 0. Writing past
 `max_length` is the caller's mistake and cannot be seen under jit: size the cache for prompt and answer.
 """
 

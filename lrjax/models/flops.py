@@ -1,7 +1,8 @@
 """Model FLOPs in closed form: what the mathematics needs, whatever a machine executes.
 
 A multiply and an add are two FLOPs. Attention is counted causally (each query against the keys up to its own),
-so a sequence of length L costs half of the full square. Remat and recomputation are not counted.
+so a sequence of length L costs half of the full square, and a sliding window less. Remat and recomputation are
+not counted.
 """
 
 from lrjax.models.llama import LlamaConfig
@@ -19,8 +20,11 @@ def forward_flops(config: LlamaConfig, sequences: int, length: int) -> int:
     c = config
     matmuls = 2 * matmul_parameters(c) * length
     # q k^T and the weighted sum of v: 2 * 2 * head_dim per query-key pair and head.
-    pairs = length * (length + 1) // 2
-    attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs
+    sliding = c.num_layers if c.sliding_layers is None else len(c.sliding_layers)
+    window = min(length, c.sliding_window or length)
+    pairs = (c.num_layers - sliding) * length * (length + 1) // 2
+    pairs += sliding * (window * (window + 1) // 2 + (length - window) * window)
+    attention = 4 * c.num_heads * c.head_dim * pairs
     return sequences * (matmuls + attention)
 
 

@@ -1,4 +1,7 @@
-"""The Llama architecture: RMSNorm, rotary grouped-query attention, SwiGLU; layers scanned, remat by name.
+"""One model for the Llama family and its relatives; layers scanned, remat by name.
+
+RMSNorm, rotary grouped-query attention and a gated MLP are common to them; what differs is a field of
+`LlamaConfig` (biases, norms of queries and keys, sliding windows, norm placement, RoPE scaling, ...).
 
     config = LlamaConfig(vocab_size=..., num_layers=..., ...)
     params = init_params(config, jax.random.key(0))
@@ -14,9 +17,11 @@ B batch, L query length, D model width, N query heads, K key/value heads, H head
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -26,7 +31,7 @@ from lrjax.models import context
 from lrjax.models.attention import IMPLEMENTATIONS, attention
 from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
-from lrjax.models.rope import apply_rope, rope_angles
+from lrjax.models.rope import PLAIN, RopeScaling, apply_rope, rope_angles
 from lrjax.sharding import constrain, current
 
 # What the backward pass finds in memory and what it computes again; "none" keeps everything. Under "full" that is
@@ -44,6 +49,9 @@ REMAT_POLICIES = {
     ),
 }
 
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
+
+# Every weight that a model of this file can have; `logical_axes` picks those of one model.
 LOGICAL_AXES = {
     "embedding": TABLE_AXES,
     "layers": {
@@ -51,20 +59,29 @@ LOGICAL_AXES = {
         "q": ("layers", "embed", "heads", "head_dim"),
         "k": ("layers", "embed", "kv_heads", "head_dim"),
         "v": ("layers", "embed", "kv_heads", "head_dim"),
+        "q_bias": ("layers", "heads", "head_dim"),
+        "k_bias": ("layers", "kv_heads", "head_dim"),
+        "v_bias": ("layers", "kv_heads", "head_dim"),
+        "q_norm": ("layers", "head_dim"),
+        "k_norm": ("layers", "head_dim"),
         "o": ("layers", "heads", "head_dim", "embed"),
+        "post_attention_norm": ("layers", "embed"),
         "mlp_norm": ("layers", "embed"),
         "gate": ("layers", "embed", "mlp"),
         "up": ("layers", "embed", "mlp"),
         "down": ("layers", "mlp", "embed"),
+        "post_mlp_norm": ("layers", "embed"),
     },
     "final_norm": ("embed",),
     "head": ("head_embed", "vocab"),  # absent when the embedding is tied
 }
 
+_EVERYTHING = 2**30  # the sliding window of a layer that has none
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape and way of computing of a Llama model. Raises `UserError` for values that fit no model."""
+    """Shape and way of computing of a model. Raises `UserError` for values that fit no model."""
 
     vocab_size: int
     num_layers: int
@@ -82,13 +99,39 @@ class LlamaConfig:
     attention: str = "auto"
     context_parallel: str = "gather"  # where a sequence is split over devices
 
+    # ---- what differs between the relatives
+    family: str = "llama"  # whose checkpoints it reads and writes: a name in checkpoints.families
+    rope_scaling: RopeScaling = PLAIN
+    partial_rotary_factor: float = 1.0  # share of the head's dimensions that is rotated
+    sliding_window: int | None = None  # keys that a query sees, by index and itself among them
+    sliding_layers: tuple[int, ...] | None = None  # the layers that have the window; None: all
+    local_rope_theta: float | None = None  # of the sliding layers, plain RoPE; None: as the others
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over the head's dimensions, before the rotation
+    post_norms: bool = False  # also norm what attention and MLP add to the residual stream
+    unit_offset_norms: bool = False  # norms multiply by 1 + weight
+    scale_embedding: bool = False  # multiply embeddings by sqrt(embed_dim)
+    activation: str = "silu"
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
+    attention_soft_cap: float | None = None  # scores s become cap * tanh(s / cap)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # as JSON has them
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.sliding_layers is not None:
+            object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))
         positive = (
             "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim "
-            "rope_theta norm_eps max_position_embeddings"
+            "rope_theta norm_eps max_position_embeddings sliding_window local_rope_theta "
+            "query_pre_attn_scalar attention_soft_cap"
         )
         for name in positive.split():
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"model.{name}: {getattr(self, name)!r}; must be positive")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -98,11 +141,32 @@ class LlamaConfig:
             raise UserError(
                 f"model.head_dim: {self.head_dim}; rotary embedding needs an even number"
             )
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or self.rotary_dim < 4:
+            raise UserError(
+                f"model.partial_rotary_factor: {self.partial_rotary_factor} rotates {self.rotary_dim} of "
+                f"{self.head_dim} dimensions; allowed: an even number from 4 on"
+            )
+        try:
+            self.rope_scaling.check_dim(self.rotary_dim)
+        except UserError as error:
+            raise UserError(f"model.rope_scaling.{error}") from error
+        if self.sliding_layers is not None:
+            layers = range(self.num_layers)
+            if self.sliding_window is None or not all(i in layers for i in self.sliding_layers):
+                raise UserError(
+                    f"model.sliding_layers: {self.sliding_layers} with sliding_window {self.sliding_window}; "
+                    f"allowed: layers from 0 to {self.num_layers - 1}, and a window"
+                )
+        if self.local_rope_theta is not None and self.sliding_layers is None:
+            raise UserError(
+                f"model.local_rope_theta: {self.local_rope_theta}; it belongs to sliding_layers, and there are none"
+            )
         for name, allowed in (
             ("dtype", ("bfloat16", "float32")),
             ("remat", tuple(REMAT_POLICIES)),
             ("attention", IMPLEMENTATIONS),
             ("context_parallel", context.CONTEXT_PARALLEL),
+            ("activation", tuple(ACTIVATIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -115,7 +179,6 @@ class Llama(nn.Module):
 
     config: LlamaConfig
 
-    @nn.compact
     def __call__(self, tokens_BL, positions_BL=None, segment_ids_BL=None, cache=None):
         """Runs the model.
 
@@ -128,10 +191,20 @@ class Llama(nn.Module):
         Returns:
             x_BLD in config.dtype, or (x_BLD, cache) when a cache is given.
         """
+        length = None
+        if positions_BL is None:
+            start = 0 if cache is None else cache["length"]
+            positions_BL = jnp.broadcast_to(start + jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        if cache is not None:  # all calls that share a cache have to agree on the encoding
+            length = cache["segment_ids"].shape[1]
+        angles = model_angles(self.config, positions_BL, length)
+        return self.run(tokens_BL, angles, segment_ids_BL, cache)
+
+    @nn.compact
+    def run(self, tokens_BL, angles, segment_ids_BL=None, cache=None):
+        """The same with the rotary angles given, as `model_angles` makes them."""
         c = self.config
         start = 0 if cache is None else cache["length"]
-        if positions_BL is None:
-            positions_BL = jnp.broadcast_to(start + jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
         L = tokens_BL.shape[1]
@@ -139,14 +212,14 @@ class Llama(nn.Module):
         if cache is None and context.devices_along_length() > 1:
             # Padding to whole chunks follows the sequence, so nothing sees it; it is cut off again.
             padding = -L % context.length_multiple(c.attention, c.context_parallel)
-            tokens_BL, positions_BL, segment_ids_BL = (
-                jnp.pad(a, ((0, 0), (0, padding)))
-                for a in (tokens_BL, positions_BL, segment_ids_BL)
+            tokens_BL, segment_ids_BL = (
+                jnp.pad(a, ((0, 0), (0, padding))) for a in (tokens_BL, segment_ids_BL)
             )
+            angles = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, padding), (0, 0))), angles)
             head_tail = c.context_parallel == "gather"
         if head_tail:
-            tokens_BL, positions_BL, segment_ids_BL = (
-                context.to_head_tail(a) for a in (tokens_BL, positions_BL, segment_ids_BL)
+            tokens_BL, segment_ids_BL, angles = jax.tree.map(
+                context.to_head_tail, (tokens_BL, segment_ids_BL, angles)
             )
         # Variance 1 for what enters the residual stream, unless the embedding is the head too.
         embedding_init = _normal(c.embed_dim if c.tie_embeddings else 1)
@@ -154,6 +227,8 @@ class Llama(nn.Module):
             "embedding", embedding_init, (c.vocab_size, c.embed_dim), jnp.float32
         )
         x_BLD = embed(embedding_VD, tokens_BL, c.dtype)
+        if c.scale_embedding:
+            x_BLD *= jnp.asarray(math.sqrt(c.embed_dim), c.dtype)
 
         k_cache, v_cache, k_segment_ids_BS = None, None, segment_ids_BL
         if cache is not None:
@@ -171,18 +246,20 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, name="layers")
+        sliding_layers = range(c.num_layers) if c.sliding_layers is None else c.sliding_layers
         (x_BLD, k_cache, v_cache), _ = layers(
             (x_BLD, k_cache, v_cache),
-            jnp.arange(c.num_layers),
-            rope_angles(positions_BL, c.head_dim, c.rope_theta),
+            # Of each layer: its index, and whether it is one of the sliding ones.
+            (jnp.arange(c.num_layers), np.isin(np.arange(c.num_layers), sliding_layers)),
+            angles,
             segment_ids_BL,
             k_segment_ids_BS,
             start,
         )
-        final_norm_D = self.param("final_norm", nn.initializers.ones, (c.embed_dim,), jnp.float32)
+        final_norm_D = self.param("final_norm", _norm_init(c), (c.embed_dim,), jnp.float32)
         if not c.tie_embeddings:  # read by lrjax.models.head
             self.param("head", _normal(c.embed_dim), (c.embed_dim, c.vocab_size), jnp.float32)
-        x_BLD = rms_norm(x_BLD, final_norm_D, c.norm_eps)
+        x_BLD = rms_norm(x_BLD, final_norm_D, c.norm_eps, c.unit_offset_norms)
         if head_tail:
             x_BLD = context.from_head_tail(x_BLD)
         if cache is None:
@@ -204,6 +281,7 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, angles, segment_ids_BL, k_segment_ids_BS, start):
         c = self.config
         D, N, K, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+        index, is_sliding = layer
         residual = (
             2 * c.num_layers
         )  # additions to the residual stream: its variance stays 1 at the start
@@ -211,26 +289,35 @@ class Layer(nn.Module):
         def weight(name, shape, inputs, branches=1):
             return self.param(name, _normal(inputs * branches), shape, jnp.float32)
 
-        def scale(name):
-            return self.param(name, nn.initializers.ones, (D,), jnp.float32)
+        def norm(name, x):
+            scale = self.param(name, _norm_init(c), x.shape[-1:], jnp.float32)
+            return rms_norm(x, scale, c.norm_eps, c.unit_offset_norms)
 
         def axes(name):
             return LOGICAL_AXES["layers"][name][1:]
 
+        def project(y_BLD, name, heads):
+            out_BLNH = linear(y_BLD, weight(name, (D, heads, H), D), axes=axes(name))
+            if c.qkv_bias:
+                zeros = nn.initializers.zeros
+                bias_NH = self.param(f"{name}_bias", zeros, (heads, H), jnp.float32)
+                out_BLNH += bias_NH.astype(out_BLNH.dtype)
+            return constrain(out_BLNH, ("batch", length, axes(name)[1], None))
+
+        angles, window = _of_layer(c, is_sliding, angles)
         x_BLD, k_cache, v_cache = carry
         # With a cache it is the keys that are split along the length.
         length = "length" if k_cache is None else None
         x_BLD = checkpoint_name(constrain(x_BLD, ("batch", length, None)), "layer_input")
-        y_BLD = rms_norm(x_BLD, scale("attention_norm"), c.norm_eps)
-        q_BLNH = apply_rope(linear(y_BLD, weight("q", (D, N, H), D), axes=axes("q")), *angles)
-        k_BSKH = apply_rope(linear(y_BLD, weight("k", (D, K, H), D), axes=axes("k")), *angles)
-        v_BSKH = linear(y_BLD, weight("v", (D, K, H), D), axes=axes("v"))
-        q_BLNH = constrain(q_BLNH, ("batch", length, "heads", None))
-        k_BSKH = constrain(k_BSKH, ("batch", length, "kv_heads", None))
-        v_BSKH = constrain(v_BSKH, ("batch", length, "kv_heads", None))
+        y_BLD = norm("attention_norm", x_BLD)
+        q_BLNH, k_BSKH = project(y_BLD, "q", N), project(y_BLD, "k", K)
+        if c.qk_norm:
+            q_BLNH, k_BSKH = norm("q_norm", q_BLNH), norm("k_norm", k_BSKH)
+        q_BLNH, k_BSKH = apply_rope(q_BLNH, *angles), apply_rope(k_BSKH, *angles)
+        v_BSKH = project(y_BLD, "v", K)
         if k_cache is not None:
-            k_cache, k_BSKH = _extend(k_cache, k_BSKH, layer, start)
-            v_cache, v_BSKH = _extend(v_cache, v_BSKH, layer, start)
+            k_cache, k_BSKH = _extend(k_cache, k_BSKH, index, start)
+            v_cache, v_BSKH = _extend(v_cache, v_BSKH, index, start)
         out_BLNH = attention(
             q_BLNH,
             k_BSKH,
@@ -240,22 +327,68 @@ class Layer(nn.Module):
             0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
             implementation=c.attention,
             context_parallel=c.context_parallel,
+            window=window,
+            soft_cap=c.attention_soft_cap,
+            scale=c.query_pre_attn_scalar and c.query_pre_attn_scalar**-0.5,
         )
-        x_BLD += linear(out_BLNH, weight("o", (N, H, D), N * H, residual), 2, axes("o"))
+        y_BLD = linear(out_BLNH, weight("o", (N, H, D), N * H, residual), 2, axes("o"))
+        x_BLD += norm("post_attention_norm", y_BLD) if c.post_norms else y_BLD
 
-        y_BLD = rms_norm(x_BLD, scale("mlp_norm"), c.norm_eps)
+        y_BLD = norm("mlp_norm", x_BLD)
         gate_BLF = linear(y_BLD, weight("gate", (D, F), D), axes=axes("gate"))
         up_BLF = linear(y_BLD, weight("up", (D, F), D), axes=axes("up"))
-        y_BLF = constrain(nn.silu(gate_BLF) * up_BLF, ("batch", length, "mlp"))
-        x_BLD += linear(y_BLF, weight("down", (F, D), F, residual), axes=axes("down"))
+        y_BLF = constrain(ACTIVATIONS[c.activation](gate_BLF) * up_BLF, ("batch", length, "mlp"))
+        y_BLD = linear(y_BLF, weight("down", (F, D), F, residual), axes=axes("down"))
+        x_BLD += norm("post_mlp_norm", y_BLD) if c.post_norms else y_BLD
         return (x_BLD, k_cache, v_cache), None
 
 
-def rms_norm(x_BLD, scale_D, eps: float):
-    """x / rms(x) * scale over the last axis, computed in float32, returned in the dtype of x."""
+def model_angles(config: LlamaConfig, positions_BL, length_B=None) -> tuple:
+    """The rotary angles of every layer: one (cos, sin), or two where sliding layers have a theta of their own.
+
+    `length_B` is what encodings that depend on the length go by, see `rope_angles`.
+    """
+    c = config
+    angles = rope_angles(positions_BL, c.rotary_dim, c.rope_theta, c.rope_scaling, length_B)
+    if c.local_rope_theta is None:
+        return (angles,)
+    return angles, rope_angles(positions_BL, c.rotary_dim, c.local_rope_theta)
+
+
+def _of_layer(c: LlamaConfig, is_sliding, angles):
+    """The angles of one layer, and its window: None, a number, or traced where the layers differ."""
+    if c.local_rope_theta is None:
+        (of_layer,) = angles
+    else:
+        full, local = angles
+        of_layer = jax.tree.map(lambda a, b: jnp.where(is_sliding, b, a), full, local)
+    if c.sliding_window is None or c.sliding_layers is None:
+        return of_layer, c.sliding_window
+    return of_layer, jnp.where(is_sliding, c.sliding_window, _EVERYTHING)
+
+
+def rms_norm(x_BLD, scale_D, eps: float, unit_offset: bool = False):
+    """x / rms(x) * scale over the last axis, computed in float32, returned in the dtype of x.
+
+    With `unit_offset`, as in Gemma, the scale is 1 + scale_D.
+    """
     x32_BLD = x_BLD.astype(jnp.float32)
     inverse_BL1 = lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + eps)
+    if unit_offset:
+        scale_D = 1 + scale_D.astype(jnp.float32)
     return (x32_BLD * inverse_BL1 * scale_D).astype(x_BLD.dtype)
+
+
+def logical_axes(params) -> dict:
+    """The logical axis names of every leaf of a parameter tree, as `LOGICAL_AXES` has them."""
+
+    def pick(axes, tree):
+        return {
+            name: pick(axes[name], leaf) if isinstance(leaf, Mapping) else axes[name]
+            for name, leaf in tree.items()
+        }
+
+    return pick(LOGICAL_AXES, params)
 
 
 def init_params(config: LlamaConfig, rng, shardings_of=None) -> dict:
@@ -276,6 +409,11 @@ def init_params(config: LlamaConfig, rng, shardings_of=None) -> dict:
 def abstract_params(config: LlamaConfig) -> dict:
     """The shapes and dtypes of `init_params`, as `jax.ShapeDtypeStruct`s; computes nothing."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _norm_init(c: LlamaConfig):
+    """Of a norm's weight: what multiplies by 1."""
+    return nn.initializers.zeros if c.unit_offset_norms else nn.initializers.ones
 
 
 def _normal(inputs: int):

@@ -13,22 +13,14 @@ import optax
 
 from lrjax import sharding
 from lrjax.errors import UserError
-from lrjax.models.llama import LOGICAL_AXES
+from lrjax.models.llama import logical_axes
 
 STATE_DTYPES = ("float32", "bfloat16")
 
 
 def shardings_of(params, mesh, rules=None):
     """Shardings for a parameter tree by the logical axes of its leaves."""
-    axes = {name: _axes_of(LOGICAL_AXES[name], params[name]) for name in params}
-    return sharding.tree_shardings(axes, params, mesh, rules)
-
-
-def _axes_of(axes, params):
-    """The part of `LOGICAL_AXES` that a model has: not every one has a head, or biases."""
-    if not isinstance(params, dict):
-        return axes
-    return {name: _axes_of(axes[name], params[name]) for name in params}
+    return sharding.tree_shardings(logical_axes(params), params, mesh, rules)
 
 
 def state_shardings(optimizer, params, mesh, offload: bool = False):
