@@ -243,7 +243,7 @@ def test_same_run_gives_the_same_bytes(tmp_path, content):
     for name in ("a", "b"):
         write_report(make_workdir(tmp_path / name), content)
     files = sorted(path.name for path in (tmp_path / "a" / "report").iterdir())
-    assert len(files) == 2 + 2 * 7
+    assert len(files) == 2 + 2 * 8
     for name in files:
         one, other = ((tmp_path / run / "report" / name).read_bytes() for run in "ab")
         assert one == other, name
