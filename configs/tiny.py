@@ -4,7 +4,7 @@
 
 The language is synthetic (`lrjax/data/keyfacts.py`): facts `key NAME NUMBER .` among filler, each asked for once more
 later in the document, so that what long range means is known for every token. The base is pretrained on 64 tokens;
-every method then gets the same base, the same RoPE base and the same number of tokens (150 steps of about 2,464), and
+every method then gets the same base, the same RoPE base and the same number of tokens (350 steps of about 2,464), and
 the needle test asks for a fact anywhere in up to 512 tokens.
 
 Rows of the report: `raised_theta` (nothing trained), `contiguous` (the first 154 tokens at plain positions), `rpes`,
@@ -74,7 +74,7 @@ def get_config(variant: str = ""):
     config.probe = training(**{**extend, "global_batch_size": 5}, steps=50)
     config.probe.method = method("at_positions", "full")
     config.score.batch_size = 16
-    config.extend = training(**extend, steps=150)
+    config.extend = training(**extend, steps=350)
     config.methods = {
         "raised_theta": method("first", ""),
         "contiguous": method("first", "contiguous"),
