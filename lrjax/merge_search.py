@@ -64,6 +64,8 @@ def search(
     for weights in _simplex(len(paths), steps):
         if weights not in known:
             known[weights] = {"weights": list(weights), **evaluate(weights, method)}
+            if not {"niah", "short"} <= set(known[weights]):
+                raise UserError(f"{recipe}: a frontier needs both evaluate.niah and evaluate.short")
             wd.write_json(file, {**about, "points": list(known.values())})
         logging.info("weights %s: %s", weights, _told(known[weights]))
     points = [known[weights] for weights in sorted(known)]
