@@ -42,6 +42,8 @@ def get_config(variant: str = ""):
         **{**train, "learning_rate": 5e-6}, steps=6, log_every=1, mixture={"topics": 1.0}
     )
     config.replay.length = 4096
+    # The frontier of these three costs nothing: they are replayed, merged and raised_theta, evaluated anyway.
+    config.merge.curve = (0.0, 0.5, 1.0)
 
     config.evaluate.niah.update(
         lengths=(4096, 8192, 16384), depths=(0.1, 0.5), samples_per_cell=1, haystack="essays"
@@ -72,4 +74,5 @@ def _make_quick(config):
     config.evaluate.suite.update(tasks=("niah_multikey_2",), lengths=(512,), samples=1)
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))
     config.evaluate.short.update(documents=1, length=256)
+    config.merge.curve = (0.5,)
     config.evaluate.checkpoints = ("base", "longrecipe", "merged")

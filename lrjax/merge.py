@@ -15,6 +15,7 @@ that was stopped goes on with the same command.
 
 import pathlib
 import sys
+from logging import INFO
 
 from absl import app, flags, logging
 
@@ -151,8 +152,17 @@ def parse_flags(argv):
         raise UserError(" ".join(str(error).split())) from error
 
 
+def quieten() -> None:
+    """As `main.quieten`, which comes with jax: of other libraries' log lines, only the warnings."""
+    package = str(pathlib.Path(__file__).parent)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno > INFO or record.pathname.startswith(package)
+    )
+
+
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
+    quieten()
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

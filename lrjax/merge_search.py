@@ -61,13 +61,14 @@ def search(
     if any(content.get(key) != value for key, value in about.items()):
         raise UserError(f"{file}: is of another search; choose another --out")
     known = {tuple(point["weights"]): point for point in content["points"]}
-    points = []
     for weights in _simplex(len(paths), steps):
         if weights not in known:
             known[weights] = {"weights": list(weights), **evaluate(weights, method)}
-        points.append(known[weights])
-        wd.write_json(file, {**about, "points": points})
-        logging.info("weights %s: %s", weights, _told(points[-1]))
+            if not {"niah", "short"} <= set(known[weights]):
+                raise UserError(f"{recipe}: a frontier needs both evaluate.niah and evaluate.short")
+            wd.write_json(file, {**about, "points": list(known.values())})
+        logging.info("weights %s: %s", weights, _told(known[weights]))
+    points = [known[weights] for weights in sorted(known)]
     marked = tables.frontier_points(points)
     for point, mark in zip(points, marked, strict=True):
         point["frontier"] = mark["best"]

@@ -100,3 +100,32 @@ def test_curve_takes_what_is_evaluated_already(tmp_path):
     ]  # fmt: skip
     assert found[0]["niah"]["cells"] == [{"length": 512}]
     assert assessment._known_merge(config, tmp_path, 0.5, {"niah": None, "short": None}) is None
+
+
+def test_search_and_soup_end_to_end_but_for_the_models(tmp_path, monkeypatch):
+    """What is evaluated is kept, and not evaluated again; the soup hands its choice to the merge of files."""
+    asked = []
+
+    def evaluate(weights, method):
+        asked.append(weights)
+        return point(round(10 * weights[1]), 2.0 + weights[1] ** 2)
+
+    monkeypatch.setattr(ms, "_evaluation", lambda *args: evaluate)
+    out = tmp_path / "out"
+    points = ms.search(["a", "b"], 2, "configs/tiny.py", tmp_path, out)
+    assert asked == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    assert all(point["frontier"] for point in points)
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert ms.search(["a", "b"], 2, "configs/tiny.py", tmp_path, out) == points
+    assert len(asked) == 3
+    ms.search(["a", "b"], 4, "configs/tiny.py", tmp_path, out)
+    assert len(asked) == 5  # only the new points
+    with pytest.raises(UserError, match="is of another search"):
+        ms.search(["a", "c"], 2, "configs/tiny.py", tmp_path, out)
+
+    merged = []
+    monkeypatch.setattr(ms.merging, "merge", lambda *args, **how: merged.append((args, how)))
+    assert ms.soup(["a", "b"], "needle", "configs/tiny.py", tmp_path, "soup", rope_from="a") == [
+        "b"
+    ]
+    assert merged == [(({"b": 1.0}, "soup"), {"rope_from": None})]

@@ -231,7 +231,7 @@ def test_several_processes_share_the_tensors(models, params, tmp_path):
     failures = []
 
     def work(index):
-        share = merging.Share(index, 2, lambda name: barrier.wait(60))
+        share = merging.Share(index, 2, lambda name: barrier.wait(600))
         try:
             merging.merge({base: 0.5, extended: 0.5}, tmp_path / "out", rope_from=base, share=share)
         except BaseException as error:

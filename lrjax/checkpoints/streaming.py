@@ -216,7 +216,7 @@ def _read_header(file: pathlib.Path) -> dict[str, tuple[Tensor, int]]:
 class OrbaxSource(_Source):
     """An lrjax model, or (`step`) the parameters in one step of a training stage.
 
-    Memory is that of the chunks the arrays were written in: a layer where this module wrote them, a whole leaf
+    Memory is that of the chunks the arrays were written in: a layer where `streamed_output` wrote them, a whole leaf
     where Orbax did.
     """
 
@@ -234,7 +234,6 @@ class OrbaxSource(_Source):
         if not metadata.is_file():
             raise UserError(f"{store}: no _METADATA in it; it is not whole, or being written")
         content = read_json(metadata)
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
         self.tensors, self._stores = {}, {}
         for entry in content["tree_metadata"].values():
             keys = [str(key["key"]) for key in entry["key_metadata"]]
@@ -246,15 +245,13 @@ class OrbaxSource(_Source):
                 kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"}
             driver = "zarr3" if content.get("use_zarr3") else "zarr"
             try:
-                array = tensorstore.open(
-                    {"driver": driver, "kvstore": kvstore}, open=True, context=context
-                ).result()
+                array = tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True).result()
             except ValueError as error:
                 reason = str(error).splitlines()[0][:200]
                 raise UserError(f"{store}: {'.'.join(keys)} cannot be read: {reason}") from error
             self._add("/".join(keys[step:]), array)
         self.weight_files = sorted(file for file in store.rglob("*") if file.is_file())
-        self._local = threading.local()
+        self._local, self._lock, self._shared = threading.local(), threading.Lock(), None
 
     def _add(self, leaf: str, array) -> None:
         dtype = np.dtype(array.dtype.numpy_dtype)
@@ -262,24 +259,49 @@ class OrbaxSource(_Source):
             raise UserError(
                 f"{self.path}: {leaf} is stored as {dtype.name}; known are {', '.join(CODES)}"
             )
-        layers = range(array.shape[0]) if leaf.startswith("layers/") else [None]
-        for layer in layers:
+        stacked = leaf.startswith("layers/")
+        for layer in range(array.shape[0]) if stacked else [None]:
             name = leaf if layer is None else leaf.replace("layers/", f"layers/{layer}/", 1)
-            part = array if layer is None else array[layer]
-            self.tensors[name], self._stores[name] = Tensor(tuple(part.shape), dtype), part
+            self.tensors[name] = Tensor(tuple(array.shape[stacked:]), dtype)
+            self._stores[name] = array, layer
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads whole rows and keeps the last ones of this thread, since the next block will want them."""
-        shape = self.tensors[name].shape
-        row = math.prod(shape[1:])
+        """Reads whole chunks and keeps the last ones, since the next block will want them."""
+        array, layer = self._stores[name]
+        if layer is None:
+            return self._rows(name, array, start, stop)
+        return self._layers(array, layer)[start:stop]
+
+    def _rows(self, name, array, start, stop) -> np.ndarray:
+        """From a leaf without layers: as many rows as make `_READ_BYTES`, or one row of chunks."""
+        row = math.prod(array.shape[1:])
         held, first, rows = getattr(self._local, "rows", (None, 0, np.empty((0, 1))))
         if held != name or not first * row <= start <= stop <= (first + len(rows)) * row:
-            first = start // row
-            count = max(_READ_BYTES // (row * self.tensors[name].dtype.itemsize), 1)
-            last = min(max(first + count, -(-stop // row)), shape[0])
-            rows = self._stores[name][first:last].read().result()
+            self._local.rows = None, 0, np.empty((0, 1))
+            chunk = array.chunk_layout.read_chunk.shape[0]
+            count = max(_READ_BYTES // (row * array.dtype.numpy_dtype.itemsize) // chunk, 1) * chunk
+            first = start // row // chunk * chunk
+            last = min(max(first + count, -(-stop // row)), array.shape[0])
+            rows = array[first:last].read().result()
             self._local.rows = name, first, rows
         return rows.reshape(-1)[start - first * row : stop - first * row]
+
+    def _layers(self, array, layer: int) -> np.ndarray:
+        """A layer, flat, out of the layers that share its chunks; threads share them too."""
+        chunk = array.chunk_layout.read_chunk.shape[0]
+        first = layer // chunk * chunk
+        mine = getattr(self._local, "layers", None)
+        if mine is None or mine[0] != (id(array), first):
+            self._local.layers = mine = None
+            with self._lock:
+                if self._shared is None or self._shared[0] != (id(array), first):
+                    self._shared = None
+                    self._shared = (
+                        (id(array), first),
+                        array[first : min(first + chunk, array.shape[0])].read().result(),
+                    )
+                self._local.layers = mine = self._shared
+        return mine[1][layer - first].reshape(-1)
 
     def close(self) -> None:
         self._stores.clear()
