@@ -7,6 +7,7 @@ model.logits(model.tokenizer.encode("Hello")[None])
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from lrjax.checkpoints import huggingface, loading, orbax
 from lrjax.data.tokenizers import check_ids, load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import generate
+from lrjax.evaluation.questions import before_stop
 from lrjax.longrecipe import merging, scoring
 from lrjax.models import head
 from lrjax.models.llama import Llama, LlamaConfig
@@ -62,21 +64,31 @@ class Model:
         inputs = self._inputs(tokens_BL, positions_BL, segment_ids_BL)
         return _token_logprobs(self.config, self.params, *inputs)
 
-    def generate(self, prompts, max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
+    def generate(
+        self, prompts, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, *,
+        top_p: float = 1.0, stop: Sequence[str] = (),
+    ):  # fmt: skip
         """Continues prompts: texts give texts, arrays of token ids give arrays of token ids.
 
-        Raises `UserError` for an empty prompt, ids beyond the vocabulary, or a text without a tokenizer.
+        Answers to texts end before the first of the `stop` strings. Raises `UserError` for an empty prompt, ids
+        beyond the vocabulary, or a text without a tokenizer.
         """
         texts = all(isinstance(prompt, str) for prompt in prompts)
         if texts and self.tokenizer is None:
             raise UserError("the checkpoint brought no tokenizer; allowed: prompts as token ids")
         ids = [self.tokenizer.encode(prompt) if texts else np.asarray(prompt) for prompt in prompts]
+
+        def stopped(row) -> bool:
+            text = self.tokenizer.decode(row)
+            return any(word in text for word in stop)
+
         out = generate(
-            self.config, self.params, ids, max_new_tokens, temperature=temperature,
+            self.config, self.params, ids, max_new_tokens, temperature=temperature, top_p=top_p,
+            stop=stopped if texts and stop else None,
             eos_id=None if self.tokenizer is None else self.tokenizer.eos_id,
             rng=jax.random.key(seed),
         )  # fmt: skip
-        return [self.tokenizer.decode(row) for row in out] if texts else out
+        return [before_stop(self.tokenizer.decode(row), stop) for row in out] if texts else out
 
     def save(self, path, format: str = "orbax") -> None:
         """Writes the model: "hf" (config.json, safetensors, tokenizer) or "orbax" (an lrjax model)."""

@@ -109,6 +109,10 @@ def _suite_tasks(config, tokenizer) -> dict:
             if name in names
         }
     )
+    if options.readings():
+        raise UserError(
+            f"config.evaluate.suite.tasks: {options.readings()[0]!r}; allowed: config.evaluate.perplexity, which has it"
+        )
     prompter = Prompter(tokenizer, section.chat)
     makers = suite.Suite(options, prompter)
     lengths: dict[str, list] = {}

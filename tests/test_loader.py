@@ -57,6 +57,11 @@ def test_same_seed_same_bytes():
     assert (first["tokens"] != take(10, seed=1)["tokens"]).any()
 
 
+@pytest.mark.parametrize("components", [mixture(), mixture()[:1]])
+def test_batches_of_one_example_are_the_same_examples(components):
+    assert_same(take(8, components, global_batch_size=1), take(2, components, global_batch_size=4))
+
+
 @pytest.mark.parametrize("start", [1, 4, 13, 28])
 def test_resumed_is_uninterrupted(start):
     """Also in the middle of a batch, and of an epoch of 7 or 3 records."""

@@ -12,7 +12,7 @@ from lrjax.data.tokenizers import byte_tokenizer, load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, qa_sample, ruler, wording
 from lrjax.evaluation.questions import ask, rows_of
-from lrjax.evaluation.ruler_tasks import Material
+from lrjax.evaluation.ruler_material import Material
 from lrjax.evaluation.samples import Prompter, Sample, read_samples, write_jsonl
 
 PUBLISHED = """

@@ -98,7 +98,9 @@ def make_loader(
     else:
         examples = grain.MapDataset.mix(parts, [component.weight for component in components])
     first = start_example + (process_index - start_example) % process_count
-    batches = examples.slice(slice(first, None, process_count)).batch(
+    # grain counts batches in floating point: of as many examples as an int holds it finds one too many in batches of 1.
+    end = min(len(examples), 2**62)
+    batches = examples.slice(slice(first, end, process_count)).batch(
         global_batch_size // process_count, batch_fn=_stack
     )
     loader = iter(

@@ -19,7 +19,8 @@ import numpy as np
 from lrjax.errors import UserError
 from lrjax.evaluation import ruler_tasks
 from lrjax.evaluation.questions import Task
-from lrjax.evaluation.ruler_tasks import Material, Text
+from lrjax.evaluation.ruler_material import Material
+from lrjax.evaluation.ruler_tasks import Text
 from lrjax.evaluation.samples import Prompter, Sample
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from absl import logging
 
 from lrjax.data import pypi_texts
 from lrjax.errors import UserError
-from lrjax.evaluation import depths, humaneval, longbench, loogle, ruler, wording
+from lrjax.evaluation import depths, humaneval, longbench, loogle, readings, ruler, wording
 from lrjax.evaluation.questions import Task
-from lrjax.evaluation.ruler_tasks import Material
+from lrjax.evaluation.ruler_material import Material
 from lrjax.evaluation.samples import Prompter, Sample
 from lrjax.evaluation.statistics import wilson_interval
 
@@ -34,6 +34,7 @@ NAMES = tuple(
             *(name for names in GROUPS.values() for name in names),
             "niah_custom",
             "humaneval",
+            *readings.NAMES,
         ]
     )
 )
@@ -72,7 +73,7 @@ class Options:
             raise UserError(f"samples: {self.samples}; allowed: 1 and more")
         if any(length < 1 for length in self.lengths):
             raise UserError(f"lengths: {self.lengths}; allowed: 1 token and more")
-        measured = [name for name in self.names() if is_measured(name)]
+        measured = [name for name in self.names() if is_measured(name)] + self.readings()
         if measured and not self.lengths:
             raise UserError(f"lengths: none; {measured[0]} needs one and more")
 
@@ -83,18 +84,22 @@ class Options:
         )
 
     def pairs(self) -> list[tuple[str, int | None]]:
-        """(task, length) in order; length None for benchmarks from files."""
+        """(task, length) of what is asked, in order; length None for benchmarks from files."""
         return [
             (name, length)
             for length in (*self.lengths, None)
             for name in self.names()
-            if is_measured(name) == (length is not None)
+            if is_measured(name) == (length is not None) and name not in readings.NAMES
         ]
+
+    def readings(self) -> list[str]:
+        """What is not asked but read: perplexity, longppl (`evaluation/readings.py`)."""
+        return [name for name in self.tasks if name in readings.NAMES]
 
 
 def is_measured(name: str) -> bool:
     """Whether a task is made to a length, or comes from a file with the lengths it has."""
-    return ":" not in name and name != "humaneval"
+    return ":" not in name and name not in ("humaneval", *readings.NAMES)
 
 
 class Suite:
