@@ -25,6 +25,7 @@ from lrjax.errors import UserError
 from lrjax.models.cache import init_cache
 from lrjax.models.head import logits, token_stats
 from lrjax.models.llama import Llama, LlamaConfig
+from lrjax.sharding import constrain
 
 PREFILL_CHUNK = 512
 _GRANULE = 128  # lengths are rounded up to multiples of it, so that few shapes are compiled
@@ -280,7 +281,8 @@ def _decode(
         step,
         choose(start, last_BD),
     )
-    return state.out_BT, state.counts_B
+    # Whole on every process: each of them goes on with the texts.
+    return constrain(state.out_BT, (None, None)), constrain(state.counts_B, (None,))
 
 
 def _round_up(number: int, multiple: int) -> int:

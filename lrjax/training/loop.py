@@ -133,8 +133,8 @@ def _train(config, workdir, stage, model, components, seed, mesh, length, row_mu
                 since, since_step = now, step
                 writer.write(step, metrics, {"tokens_per_second": speed})
                 progress.update(step, loss=metrics["loss"], tokens_per_second=speed)
-            told = stop.requested(step)
-            if (told or step % config.checkpoint_every == 0) and step < config.steps:
+            told = stop.requested()
+            if told or (step % config.checkpoint_every == 0 and step < config.steps):
                 checkpoints.save(step, state, next_example)
                 if told:
                     checkpoints.wait()
