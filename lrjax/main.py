@@ -11,9 +11,8 @@ from logging import INFO
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lrjax import multihost, recipe
+from lrjax import multihost, preemption, recipe
 from lrjax.errors import UserError
-from lrjax.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, configs/NAME.py[:variant]."
@@ -30,8 +29,9 @@ def main(argv) -> None:
         raise UserError("--workdir is missing; see --help")
     multihost.start()
     try:
+        preemption.end_on_notice()
         recipe.run(config, _WORKDIR.value, _STAGES.value)
-    except Preempted as notice:
+    except preemption.Preempted as notice:
         logging.info("%s; the same command goes on", notice)
 
 

@@ -33,7 +33,8 @@ def start() -> None:
         if _PROCESS_ID.value >= 0
         else _integer("JAX_PROCESS_ID", -1),
     }
-    missing = [f"--{name}" for name, value in explicit.items() if value in ("", 0, -1)]
+    unset = {"coordinator": "", "num_processes": 0, "process_id": -1}
+    missing = [f"--{name}" for name, value in explicit.items() if value == unset[name]]
     if not missing:
         if not explicit["process_id"] < explicit["num_processes"]:
             raise UserError(

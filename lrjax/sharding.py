@@ -107,7 +107,7 @@ _LAYOUT = jax.make_user_context(Layout())
 
 def layout(mesh: Mesh | None, rules: Mapping | None = None):
     """A context manager: what is traced inside is laid out on `mesh` by `rules` (see `check_rules`)."""
-    return _LAYOUT(Layout(mesh, tuple((RULES if rules is None else check_rules(rules)).items())))
+    return _LAYOUT(Layout(mesh, tuple(check_rules(rules or {}).items())))
 
 
 def current() -> Layout:

@@ -52,11 +52,13 @@ def results(config, mesh_items, length):
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (value, stats), grads = step(params, *batch)
-        expected = shardings_of(params, mesh)
-        jax.tree.map(
-            lambda g, where: np.testing.assert_(g.sharding.is_equivalent_to(where, g.ndim)),
-            grads, expected,
-        )  # fmt: skip
+        for (path, g), where in zip(
+            jax.tree.leaves_with_path(grads),
+            jax.tree.leaves(shardings_of(params, mesh)),
+            strict=True,
+        ):  # never a whole matrix on a device; norms are small
+            norm = path[-1].key.endswith("norm")
+            assert norm or g.sharding.is_equivalent_to(where, g.ndim), path
         return jax.device_get((value, grads, stats))
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from lrjax.errors import UserError
 from lrjax.models.head import logits
 from lrjax.models.llama import Llama, LlamaConfig
+from lrjax.sharding import constrain
 
 SEGMENT = 16
 _MAX_EOS = 8  # end tokens of one model
@@ -112,7 +113,7 @@ def _choose(way, params, x_BD, sampling, key, number):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _first(way, params, x_BD, sampling, key):
-    return _choose(way, params, x_BD, sampling, key, 0)
+    return _everywhere(_choose(way, params, x_BD, sampling, key, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -143,7 +144,13 @@ def _segment(
 
     out_BT, zeros_B = jnp.zeros((B, SEGMENT), jnp.int32), jnp.zeros(B, jnp.int32)
     first = _State(jnp.int32(0), token_B, out_BT, zeros_B, jnp.asarray(done_B), cache)
-    return lax.while_loop(lambda state: (state.count < count) & ~jnp.all(state.done_B), step, first)
+    last = lax.while_loop(lambda state: (state.count < count) & ~jnp.all(state.done_B), step, first)
+    return _State(*_everywhere(last[:-1]), last.cache)
+
+
+def _everywhere(tree):
+    """The same arrays whole on every process: each of them goes on with the texts."""
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), tree)
 
 
 def nucleus(logits_BV: jax.Array, top_p) -> jax.Array:

@@ -83,7 +83,9 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|called_computations|branch_computations)="
     r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 
 
 def bytes_per_mesh_axis(hlo: str, mesh) -> dict[str, int]:
@@ -108,8 +110,7 @@ def bytes_per_mesh_axis(hlo: str, mesh) -> dict[str, int]:
                 sent = _sent(match, line, size)
                 own[name][axis] += sent
             if called := _CALLED.findall(line):
-                trips = _TRIPS.search(line)
-                times = int(trips[1]) if trips and " while(" in line else 1
+                times = _trips(line, lines_of)
                 for several, one in called:
                     names = (inner.strip().lstrip("%") for inner in (several or one).split(","))
                     calls[name] += [(inner, times) for inner in names if inner in lines_of]
@@ -124,6 +125,17 @@ def bytes_per_mesh_axis(hlo: str, mesh) -> dict[str, int]:
     if entry is not None:
         visit(entry, 1)
     return {axis: int(sent) for axis, sent in total.items() if axis and sent}
+
+
+def _trips(line: str, lines_of) -> int:
+    """How often a loop's body runs; 1 for what is no loop, or one that ends when it likes."""
+    if not (loop := _WHILE.search(line)):
+        return 1
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    # TPU programs do not say it; their loops count up to a constant of their condition.
+    bounds = [int(n) for text in lines_of.get(loop[1], ()) for n in _BOUND.findall(text)]
+    return max(bounds, default=1)
 
 
 def _sent(match, line, size) -> float:

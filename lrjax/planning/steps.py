@@ -32,6 +32,8 @@ class Program:
     length: int  # of a row, padding included
     tokens: int  # of training or scoring that it does
     forwards: int  # models that are run
+    params: dict  # shapes and layouts
+    opt_state: object = None
 
 
 def model_of(config) -> LlamaConfig:
@@ -73,7 +75,9 @@ def train(config, mesh, length: int) -> Program:
         )
     }  # fmt: skip
     step = make_train_step(model, optimizer, section.micro_batches, shardings)
-    return Program(step.trace(state, batch), model, B, row, B * length, 1)
+    return Program(
+        step.trace(state, batch), model, B, row, B * length, 1, state["params"], state["opt_state"]
+    )
 
 
 def score(config, mesh) -> Program:
@@ -84,7 +88,7 @@ def score(config, mesh) -> Program:
     params = _laid_out(abstract_params(model), shardings_of(abstract_params(model), mesh))
     inputs = [_array((B, length), jnp.int32, sharding.batch_sharding(mesh, (B, length)))] * 3
     traced = make_scorer(model, model).trace(params, params, *inputs)
-    return Program(traced, model, B, length, B * length, 2)
+    return Program(traced, model, B, length, B * length, 2, params)
 
 
 def prefill(config, mesh) -> Program:
@@ -113,7 +117,7 @@ def prefill(config, mesh) -> Program:
         return logits(params, x_BLD[:, -1:]), cache
 
     traced = jax.jit(read, donate_argnums=1).trace(params, cache, *inputs)
-    return Program(traced, model, 1, PREFILL_CHUNK, PREFILL_CHUNK, 1)
+    return Program(traced, model, 1, PREFILL_CHUNK, PREFILL_CHUNK, 1, params)
 
 
 def _cast(params, dtype):

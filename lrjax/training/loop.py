@@ -141,9 +141,9 @@ def _train(
                 begun = time.perf_counter()
                 writer.write(step, hook(step, model_config, state["params"]), {})
                 since += time.perf_counter() - begun  # no part of the training's speed
-            told, last = stop.requested(step), step == config.steps
+            told, last = stop.requested(), step == config.steps
             # The last step is the stage's model, but an average of the last ones wants it among them.
-            if config.keep_checkpoints if last else told or step % config.checkpoint_every == 0:
+            if told or (config.keep_checkpoints if last else step % config.checkpoint_every == 0):
                 checkpoints.save(step, state, next_example)
                 if told:
                     checkpoints.wait()

@@ -9,6 +9,7 @@ memory and is on the device only while it is used.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lrjax import sharding
@@ -61,6 +62,8 @@ def place(params, shardings, dtype):
     """Parameters from anywhere (host arrays, another layout) in `dtype`, each leaf straight to its devices."""
 
     def leaf(x, where):
+        if isinstance(x, jax.Array) and x.is_fully_addressable and not where.is_fully_addressable:
+            x = np.asarray(x)  # every process has it whole, and gives its part
         return jax.device_put(x if x.dtype == dtype else x.astype(dtype), where)
 
     return jax.tree.map(leaf, params, shardings)
@@ -82,7 +85,11 @@ def apply_update(optimizer, grads, state, device_shardings=None):
     grads, params, opt_state = _widened((grads, params, opt_state))
     updates, opt_state = optimizer.update(grads, opt_state, params)
     new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-    step = optax.tree.get(opt_state, "count", filtering=_first_count(opt_state))
+    step = next(  # an optimizer counts in several places, alike
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(opt_state)
+        if getattr(path[-1], "name", None) == "count"
+    )
     leaves, tree = jax.tree.flatten(new)
     rounded = [
         stochastic_round(leaf, step * len(leaves) + index) if was.dtype == jnp.bfloat16 else leaf
@@ -93,16 +100,6 @@ def apply_update(optimizer, grads, state, device_shardings=None):
 
 def _widened(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
-
-
-def _first_count(opt_state):
-    """A filter for `optax.tree.get`: an optimizer counts in several places, alike."""
-    first = next(
-        path
-        for path, _ in jax.tree.leaves_with_path(opt_state)
-        if getattr(path[-1], "name", None) == "count"
-    )
-    return lambda path, _: tuple(path) == tuple(first)
 
 
 def stochastic_round(x, seed):
