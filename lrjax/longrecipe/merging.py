@@ -23,7 +23,7 @@ from lrjax.models.llama import LlamaConfig
 
 METHODS = ("linear",)
 # What extension changes of a config: the result carries these from one source, which the caller names.
-_WINDOW_FIELDS = ("rope_theta", "max_position_embeddings")
+_WINDOW_FIELDS = ("rope_theta", "rope_scaling", "max_position_embeddings")
 # How a model is computed, not what it is.
 _FREE_FIELDS = ("dtype", "remat", "attention")
 
