@@ -94,13 +94,13 @@ class Model:
         """Writes the model: "hf" (config.json, safetensors, tokenizer) or "orbax" (an lrjax model)."""
         path = pathlib.Path(path)
         if format == "hf":
-            huggingface.save(path, self.config, self.params, None)
+            huggingface.save(path, self.config, self.params, self.tokenizer)
         elif format == "orbax":
             orbax.save_model(path, self.config, self.params)
         else:
             raise UserError(f"format {format!r}: allowed: hf, orbax")
-        if self.tokenizer is not None:
-            self.tokenizer.save(path if format == "hf" else path / "tokenizer")
+        if self.tokenizer is not None and format == "orbax":
+            self.tokenizer.save(path / "tokenizer")
 
     def _inputs(self, tokens_BL: Int[Array, "B L"], positions_BL, segment_ids_BL):
         tokens_BL = np.asarray(tokens_BL)

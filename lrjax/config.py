@@ -9,11 +9,14 @@ def get_config(variant=""):
     return config.lock()
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from lrjax.errors import UserError
 from lrjax.longrecipe.merge_methods import METHODS
-from lrjax.models.rope import paper_theta
+from lrjax.models.llama import LlamaConfig
+from lrjax.models.rope import PLAIN, ROPE_TYPES, RopeScaling, paper_theta
 
 
 def training(**changes) -> ConfigDict:
@@ -107,6 +110,22 @@ def default() -> ConfigDict:
     config.train_length = 39321
     config.rope_theta = (
         0.0  # of every extended model; 0: the paper's rule from the base and the two windows
+    )
+    # RoPE scaling of every extended model, fields of models.rope.RopeScaling. rope_type "" keeps the base's and
+    # changes theta alone; any other takes config.rope_theta, or else the base's theta unchanged.
+    config.rope_scaling = ConfigDict(
+        {
+            "rope_type": "",  # "" | default | linear | dynamic | yarn | llama3 | longrope
+            "factor": 0.0,  # 0: target_length / window
+            "original_max_position_embeddings": 0,  # 0: window
+            "attention_factor": 0.0,  # 0: the encoding's own
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "short_factor": (),  # longrope: a number for each pair of rotated dimensions
+            "long_factor": (),
+        }
     )
 
     config.data = ConfigDict(
@@ -211,6 +230,48 @@ def extended_theta(config, base_theta: float, head_dim: int) -> float:
     return paper_theta(base_theta, config.target_length / config.window, head_dim)
 
 
+def extended_model(config, base: LlamaConfig) -> LlamaConfig:
+    """The config of the extended models: the base's with the theta, the RoPE scaling and the window of the target.
+
+    Raises `UserError` for a scaling that does not fit the model.
+    """
+    theta, scaling = base.rope_theta, base.rope_scaling
+    if config.rope_scaling.rope_type in ("", "default"):
+        theta = extended_theta(config, theta, base.rotary_dim)
+        if config.rope_scaling.rope_type:
+            scaling = PLAIN
+    else:
+        theta, scaling = config.rope_theta or theta, target_scaling(config)
+    return dataclasses.replace(
+        base,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=config.target_length,
+    )
+
+
+def target_scaling(config) -> RopeScaling:
+    """What config.rope_scaling asks for, with its zeros filled in. Raises `UserError` naming the field."""
+    given = dict(config.rope_scaling)
+    if given["rope_type"] not in ROPE_TYPES:
+        allowed = ", ".join(ROPE_TYPES)
+        raise UserError(
+            f"config.rope_scaling.rope_type {given['rope_type']!r}: allowed: {allowed}, or empty for the base's"
+        )
+    given["factor"] = given["factor"] or config.target_length / config.window
+    given["original_max_position_embeddings"] = (
+        given["original_max_position_embeddings"] or config.window
+    )
+    given["attention_factor"] = given["attention_factor"] or None
+    read = ROPE_TYPES[given["rope_type"]]
+    try:
+        return RopeScaling(
+            given["rope_type"], **{name: given[name] for name in read if name in given}
+        )
+    except UserError as error:
+        raise UserError(f"config.rope_scaling.{error}") from error
+
+
 def check(config) -> None:
     """Raises `UserError` for values that cannot work together, before anything is computed."""
     if config.train_length > config.target_length:
@@ -226,6 +287,8 @@ def check(config) -> None:
     for field in ("window", "target_length", "train_length"):
         if config[field] < 2:
             raise UserError(f"config.{field} {config[field]}: allowed: 2 tokens and more")
+    if config.rope_scaling.rope_type:
+        target_scaling(config)
     if config.data.bad_document not in ("error", "skip"):
         raise UserError(
             f"config.data.bad_document {config.data.bad_document!r}: allowed: error, skip"

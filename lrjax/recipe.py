@@ -15,7 +15,6 @@ Each stage is a function `stage(config, workdir)` and is skipped when it is comp
 goes on after a stop.
 """
 
-import dataclasses
 import functools
 import importlib
 import pathlib
@@ -34,7 +33,7 @@ from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.longrecipe import impact, merging, scoring, selection
 from lrjax.models.flops import forward_flops
-from lrjax.models.llama import LlamaConfig, init_params
+from lrjax.models.llama import LlamaConfig, abstract_params, init_params
 from lrjax.run import (
     checkpoint,
     data_paths,
@@ -150,7 +149,10 @@ def _import_data(config, workdir, tokenizer_of_model):
 
 def _load_source(config):
     """The checkpoint that the config names, after a look at its shape."""
-    loaded = loading.load(config.model.source)
+    mesh = open_mesh(config)
+    loaded = loading.load(
+        config.model.source, shardings=lambda model: shardings_of(abstract_params(model), mesh)
+    )
     for field, expected in config.model.shape.items():
         if (found := getattr(loaded[0], field)) != expected:
             raise UserError(
@@ -223,13 +225,7 @@ def _train(config, workdir, stage, model, section, components, length):
 def _extend(config, workdir, stage, method, section):
     """The base with the raised RoPE base, trained with one method: `probe` and every entry of `methods`."""
     model_config, params = load_checkpoint(config, workdir, "base")
-    extended = dataclasses.replace(
-        model_config,
-        rope_theta=config_lib.extended_theta(
-            config, model_config.rope_theta, model_config.head_dim
-        ),
-        max_position_embeddings=config.target_length,
-    )
+    extended = config_lib.extended_model(config, model_config)
     if not method.positions:
         orbax.save_model(checkpoint(workdir, stage), extended, params, about={"stage": stage})
         return {"tokens": 0, "flops": 0}

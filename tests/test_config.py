@@ -18,6 +18,10 @@ VARIANTS = {
     "tiny": ("", "quick"),
     "smollm2_135m": ("", "quick"),
     "llama8b_128k": ("", "baselines", "compare", "single80gb"),
+    "mistral7b_128k": ("",),
+    "qwen2_7b_128k": ("",),
+    "llama31_8b_512k": ("",),
+    "llama31_8b_1m": ("",),
 }
 
 
@@ -79,6 +83,42 @@ def test_llama8b_train_step_shapes():
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters", "theta"),
+    [
+        ("mistral7b_128k", 7_248_023_552, 13.5e6),
+        ("qwen2_7b_128k", 7_615_616_512, 13.5e6),
+        ("llama31_8b_512k", 8_030_261_248, 6.77e6),
+        ("llama31_8b_1m", 8_030_261_248, 29.9e6),
+    ],
+)
+def test_large_models_have_the_published_size_and_the_papers_theta(name, parameters, theta):
+    config = get_config(pathlib.Path(f"configs/{name}.py").absolute())
+    assert config.train_length == int(0.3 * config.target_length)
+    base = LlamaConfig(**config.model.shape)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(base))) == parameters
+    extended = config_lib.extended_model(config, base)
+    assert extended.rope_theta == pytest.approx(theta, rel=0.01)
+    assert extended.max_position_embeddings == config.target_length
+
+
+def test_any_rope_scaling_can_be_the_target():
+    config = get_config(pathlib.Path("configs/llama8b_128k.py").absolute())
+    base = LlamaConfig(**config.model.shape)
+    with config.unlocked():
+        config.rope_scaling.rope_type = "yarn"
+        extended = config_lib.extended_model(config, base)
+        assert (extended.rope_scaling.rope_type, extended.rope_scaling.factor) == ("yarn", 16)
+        assert extended.rope_scaling.original_max_position_embeddings == 8192
+        assert extended.rope_theta == base.rope_theta
+        config.rope_scaling.rope_type = "longrope"
+        with pytest.raises(UserError, match="short_factor has 0 numbers; needed: 64"):
+            config_lib.extended_model(config, base)
+        config.rope_scaling.rope_type = "ntk"
+        with pytest.raises(UserError, match=r"rope_scaling\.rope_type 'ntk': allowed: default"):
+            config_lib.check(config)
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("train_length", 600, "train_length 600 is over config.target_length 512"),
@@ -88,7 +128,7 @@ def test_llama8b_train_step_shapes():
     ],
 )
 def test_impossible_values_are_refused(field, value, message):
-    config = get_config(CONFIGS[-1], "quick")
+    config = get_config(pathlib.Path("configs/tiny.py").absolute(), "quick")
     with config.unlocked():
         config[field] = value
     with pytest.raises(UserError, match=message):

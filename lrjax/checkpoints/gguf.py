@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrjax.checkpoints.tensors import Stored, gather
+from lrjax.checkpoints.tensors import Slot, Stored, check, gather, slots
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig
 
@@ -32,16 +32,25 @@ _NAMES = {
 }
 
 
-def load(path: str | Path) -> tuple[LlamaConfig, dict]:
+def load(path: str | Path, **how) -> tuple[LlamaConfig, dict]:
     """A Llama model from a GGUF file.
 
+    Args:
+        how: dtype, shardings and progress as `tensors.gather` takes them; "stored" is float32.
+
     Returns:
-        Its config and its parameter tree (see `models.llama`), float32 numpy.
+        Its config and its parameter tree (see `models.llama`).
 
     Raises:
         UserError: no such file, not a readable GGUF, another architecture, rope scaling, a quantisation
             that the gguf package cannot undo, or tensors that do not fit (all of them named).
     """
+    config, stored = open_model(path)
+    return config, gather(config, stored, **how)
+
+
+def open_model(path: str | Path) -> tuple[LlamaConfig, dict[Slot, Stored]]:
+    """(config, every tensor by `Slot`, dequantised when it is read); errors as in `load`."""
     import gguf
 
     path = Path(path)
@@ -74,11 +83,19 @@ def load(path: str | Path) -> tuple[LlamaConfig, dict]:
         return weights
 
     # GGUF lists dimensions innermost first.
-    stored = {
-        name: Stored(tuple(int(n) for n in reversed(tensor.shape)), functools.partial(read, tensor))
-        for name, tensor in tensors.items()
+    found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
+    names = {slot: _NAMES[slot.leaf].format(slot.layer) for slot in slots(config)}
+    check({names[slot]: shape for slot, shape in slots(config).items()}, found, str(path))
+    return config, {
+        slot: Stored(
+            found[name], np.dtype("float32"), functools.partial(_part, read, tensors[name])
+        )
+        for slot, name in names.items()
     }
-    return config, gather(config, _NAMES, stored, str(path))
+
+
+def _part(read, tensor, index):
+    return read(tensor)[index]
 
 
 def packaged_smollm2() -> Path:

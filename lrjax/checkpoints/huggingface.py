@@ -3,80 +3,77 @@
     config, params = huggingface.load("dir")
     huggingface.save("new-dir", config, params, tokenizer="dir")    # transformers loads it
 
-Directories on this machine only, and no pickles: weights have to be safetensors. Another architecture is an
-entry in `_FAMILIES`.
+Directories on this machine only, and no pickles: weights have to be safetensors. What the architectures are
+is in `checkpoints.families`.
 """
 
 import contextlib
-import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lrjax.checkpoints.tensors import Stored, gather, scatter
+from lrjax.checkpoints import families
+from lrjax.checkpoints.tensors import Slot, Stored, check, gather, scatter, slots
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig
 
-_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "layers/attention_norm": "model.layers.{}.input_layernorm.weight",
-    "layers/q": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/k": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/v": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/o": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{}.mlp.down_proj.weight",
-}
 _NO_WEIGHT = (
     "rotary_emb.inv_freq"  # a table that old versions of transformers saved with the weights
 )
-_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _SHARD_BYTES = 5 * 10**9
 
 
-def load(directory: str | Path) -> tuple[LlamaConfig, dict]:
+def load(directory: str | Path, **how) -> tuple[LlamaConfig, dict]:
     """A model from a directory with config.json and safetensors, one file or several with an index.
 
+    Args:
+        how: dtype, shardings and progress as `tensors.gather` takes them; by default float32 on one device.
+
     Returns:
-        Its config and its parameter tree (see `models.llama`), float32 numpy.
+        Its config and its parameter tree (see `models.llama`).
 
     Raises:
         UserError: nothing readable there, an architecture or a setting that is not known (never ignored),
             or tensors that do not fit the config (all of them named).
     """
+    with open_model(directory) as (config, stored):
+        return config, gather(config, stored, **how)
+
+
+@contextlib.contextmanager
+def open_model(directory: str | Path):
+    """(config, every tensor by `Slot`, to be read while the context is open); errors as in `load`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; models are loaded from local directories")
-    where = str(directory / "config.json")
-    raw = _read_json(directory / "config.json")
-    if (family := raw.get("model_type")) not in _FAMILIES:
-        known = ", ".join(sorted(_FAMILIES))
-        raise UserError(f"{where}: model_type is {family!r}; known are {known}")
     try:
-        config = _FAMILIES[family](raw)
+        config = families.read_config(_read_json(directory / "config.json"))
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
+        if str(error).startswith(str(directory)):
+            raise
+        raise UserError(f"{directory / 'config.json'}: {error}") from error
+    names, shapes = families.tensor_names(config), slots(config)
     with contextlib.ExitStack() as files:
-        stored = {}
+        found = {}
         for path in _weight_files(directory):
             try:
                 file = files.enter_context(safetensors.safe_open(path, framework="numpy"))
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
             for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if name.endswith(_NO_WEIGHT):
+                if name.endswith(_NO_WEIGHT) or (
+                    config.tie_embeddings and name == "lm_head.weight"
+                ):
                     continue
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES:
@@ -84,122 +81,105 @@ def load(directory: str | Path) -> tuple[LlamaConfig, dict]:
                         f"{path}: {name} is stored as {tensor.get_dtype()}; "
                         f"known are {', '.join(_DTYPES)}"
                     )
-                read = functools.partial(file.get_tensor, name)
-                stored[name] = Stored(tuple(tensor.get_shape()), read)
-        return config, gather(config, _NAMES, stored, str(directory))
+                dtype = _DTYPES[tensor.get_dtype()]
+                found[name] = Stored(tuple(tensor.get_shape()), dtype, tensor.__getitem__)
+        expected = {
+            name: _joined_shape([shapes[s] for s in parts]) for name, parts in names.items()
+        }
+        check(expected, {name: tensor.shape for name, tensor in found.items()}, str(directory))
+        stored = {}
+        for name, parts in names.items():
+            start = 0
+            for slot in parts:
+                stored[slot] = _rows(found[name], start, shapes[slot])
+                start += shapes[slot][0]
+        yield config, stored
+
+
+def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _rows(tensor: Stored, start: int, shape: tuple[int, ...]) -> Stored:
+    """Some rows of a stored tensor: what one slot has of a fused matrix."""
+    if tensor.shape == shape:
+        return tensor
+
+    def read(index):
+        first, last, _ = index[0].indices(shape[0])
+        return tensor.read((slice(start + first, start + last), *index[1:]))
+
+    return Stored(shape, tensor.dtype, read)
 
 
 def save(
     directory: str | Path,
     config: LlamaConfig,
     params: Mapping,
-    tokenizer: str | Path | None = None,
+    tokenizer=None,
+    *,
+    card: str | None = None,
 ) -> None:
-    """Write a directory that `transformers` and `load` read, whole or not at all.
+    """Write a directory that `transformers`, vLLM and `load` read, whole or not at all.
 
     Args:
         directory: a new or an empty directory.
         config: the model's.
         params: its parameter tree; each tensor is stored in the dtype it has there.
-        tokenizer: what `load_tokenizer` takes, written along.
+        tokenizer: what `load_tokenizer` takes, or a tokenizer, written along.
+        card: the model card (README.md), if any.
 
     Raises:
-        UserError: the directory holds something, the tree does not fit the config, or the tokenizer
-            cannot be loaded.
+        UserError: the directory holds something, the tree does not fit the config, the family has no word for a
+            field of the config, or the tokenizer cannot be loaded.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: exists and is not empty; save to a new directory")
+    directory = _new(directory)
+    raw, stored = (
+        families.write_config(config, str(params["embedding"].dtype)),
+        scatter(config, params),
+    )
+    write_model(directory, config, raw, stored, tokenizer, card=card)
+
+
+def write_model(
+    directory: Path,
+    config: LlamaConfig,
+    raw: dict,
+    stored: Mapping[Slot, Stored],
+    tokenizer=None,
+    *,
+    card: str | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes config.json `raw`, the tensors and the rest beside `directory`, then renames it to that.
+
+    With `resume`, shards that an earlier, interrupted call finished from the same source are kept.
+    """
     # Built beside its place and then renamed, so that nobody meets half of it.
+    directory = _new(directory)
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    raw = _hf_config(config, dtype=str(params["embedding"].dtype))
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         loaded.save(partial)
-        raw |= {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        raw = raw | {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        generation = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        _write_json(partial / "generation_config.json", generation)
+    if card is not None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     _write_json(partial / "config.json", raw)
-    _write_weights(partial, scatter(config, _NAMES, params))
+    _write_weights(partial, families.tensor_names(config), stored, progress)
     os.replace(partial, directory)
 
 
-def _llama_config(raw: dict) -> LlamaConfig:
-    for key, allowed in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("quantization_config", None),
-    ):
-        if (value := raw.get(key, allowed)) != allowed:
-            raise UserError(f"{key} is {value!r}; known is {allowed!r}")
-
-    def size(key: str, default: int | None = None) -> int:
-        # transformers writes null for "as by default".
-        value = default if raw.get(key) is None else raw[key]
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{key} is {value!r}; a positive integer is expected")
-        return value
-
-    num_heads = size("num_attention_heads")
-    embed_dim = size("hidden_size")
-    return LlamaConfig(
-        vocab_size=size("vocab_size"),
-        num_layers=size("num_hidden_layers"),
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=size("num_key_value_heads", num_heads),
-        head_dim=size("head_dim", embed_dim // num_heads),
-        mlp_dim=size("intermediate_size"),
-        rope_theta=_rope_theta(raw),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_position_embeddings=size("max_position_embeddings", 2048),
-    )
-
-
-_FAMILIES = {"llama": _llama_config}
-
-
-def _rope_theta(raw: dict) -> float:
-    """theta, from `rope_theta` (transformers 4) or `rope_parameters` (5); nothing but plain RoPE passes."""
-    thetas = {"rope_theta": raw.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        for name, value in (raw.get(key) or {}).items():
-            if name == "rope_theta":
-                thetas[f"{key}.rope_theta"] = value
-            elif name not in _PLAIN_ROPE or value != _PLAIN_ROPE[name]:
-                raise UserError(f"{key}.{name} is {value!r}; only the default rope is known")
-    given = {key: float(theta) for key, theta in thetas.items() if theta is not None}
-    if len(set(given.values())) > 1:
-        named = ", ".join(f"{key} {theta}" for key, theta in given.items())
-        raise UserError(f"different values of theta: {named}")
-    return next(iter(given.values()), 10000.0)
-
-
-def _hf_config(config: LlamaConfig, dtype: str) -> dict:
-    """config.json for transformers 4 and 5, which name theta and the dtype differently."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.embed_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+def _new(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not empty; save to a new directory")
+    return directory
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -214,34 +194,39 @@ def _weight_files(directory: Path) -> list[Path]:
     return paths
 
 
-def _write_weights(directory: Path, tensors) -> None:
+def _write_weights(directory: Path, names, stored: Mapping[Slot, Stored], progress) -> None:
     """safetensors of at most `_SHARD_BYTES` each, so that no second copy of the model is in memory."""
-    shards, shard, size, total = [], {}, 0, 0
+    sizes = {
+        name: sum(math.prod(stored[s].shape) * stored[s].dtype.itemsize for s in parts)
+        for name, parts in names.items()
+    }
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    total, done, weight_map = sum(sizes.values()), 0, {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        path = directory / ("model.safetensors" if len(shards) == 1 else file)
+        if not path.exists():
+            tensors = {name: _joined([stored[slot] for slot in names[name]]) for name in shard}
+            unfinished = path.with_suffix(".unfinished")
+            # transformers refuses files that do not say what wrote them.
+            safetensors.numpy.save_file(tensors, unfinished, metadata={"format": "pt"})
+            os.replace(unfinished, path)
+        weight_map |= dict.fromkeys(shard, path.name)
+        done += sum(sizes[name] for name in shard)
+        if progress:
+            progress(done, total)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
 
-    def write():
-        path = directory / f"shard-{len(shards)}"
-        # transformers refuses files that do not say what wrote them.
-        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-        shards.append((path, list(shard)))
 
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > _SHARD_BYTES:
-            write()
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    write()
-    if len(shards) == 1:
-        shards[0][0].rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        final = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        path.rename(directory / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
+def _joined(parts: list[Stored]) -> np.ndarray:
+    values = [part.all() for part in parts]
+    return values[0] if len(values) == 1 else np.concatenate(values)
 
 
 def _read_json(path: Path) -> dict:

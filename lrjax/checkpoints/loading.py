@@ -13,8 +13,12 @@ from lrjax.errors import UserError
 FINISHED = ("merged", "replayed", "base")
 
 
-def load(source):
+def load(source, *, dtype: str = "float32", shardings=None):
     """Reads the model at `source`.
+
+    Args:
+        dtype: of the parameters, or "stored"; an lrjax model keeps its own.
+        shardings: a function from the `LlamaConfig` to a tree of shardings; None: the first device.
 
     Returns:
         `(LlamaConfig, params, tokenizer)`; the tokenizer as `data.tokenizers.load_tokenizer` takes it, None when
@@ -27,16 +31,17 @@ def load(source):
         source = gguf.packaged_smollm2()
     path = pathlib.Path(source)
     if path.suffix == ".gguf":
-        return (*gguf.load(path), path)
+        return (*gguf.load(path, dtype=dtype, shardings=shardings), path)
     if orbax.is_model(path):
-        return (*orbax.load_model(path), _tokenizer_of(path))
+        of_model = None if shardings is None else shardings(orbax.load_config(path))
+        return (*orbax.load_model(path, of_model), _tokenizer_of(path))
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         for name in FINISHED:
             if orbax.is_model(path / "checkpoints" / name):
-                return load(path / "checkpoints" / name)
+                return load(path / "checkpoints" / name, dtype=dtype, shardings=shardings)
         raise UserError(f"{source}: a run without a finished model yet")
     if (path / "config.json").is_file():
-        return (*huggingface.load(path), path)
+        return (*huggingface.load(path, dtype=dtype, shardings=shardings), path)
     raise UserError(
         f"{source}: no checkpoint there; allowed: a Hugging Face directory, a .gguf file, an lrjax model, "
         "the workdir of a run, or smollm2"

@@ -1,127 +1,191 @@
-"""Between the tensors of other people's files and our parameter tree.
+"""Between the tensors of other people's files and our parameter tree, one tensor at a time.
 
-A Hugging Face or GGUF file stores one matrix per layer and kind as [out, in], heads not told apart; the
-tree stacks the layers of a kind and splits the heads: q is [layers, D, N, H] (see `models.llama`). A format is
-a table from leaf ("layers/q") to name in the file ("model.layers.{}.self_attn.q_proj.weight"); this module
-does the rest, in both directions and for every format.
+A Hugging Face or GGUF file stores one matrix per layer and kind as [out, in], heads not told apart; the tree
+stacks the layers of a kind and splits the heads: q is [layers, D, N, H] (see `models.llama`). A format gives its
+tensors by `Slot` (leaf and layer) as `Stored`, in the layout of Hugging Face's Llama; this module makes the tree of
+them and the other way round, without ever holding the model on the host.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lrjax.errors import UserError
 from lrjax.models import llama
 
 _KEPT = {"embedding"}  # stored as [V, D] everywhere, for it is looked up, not multiplied
 _INPUT_AXES = {"layers/o": 2}  # o takes heads and head width; every other matrix has one input axis
+_VECTORS = {"layers/q_bias", "layers/k_bias", "layers/v_bias"}  # [N, H] here, [N * H] there
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its shape as stored, and how to read it (any float dtype)."""
+    """A tensor in a file: its shape and dtype as stored, and how to read a part of it."""
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    dtype: np.dtype
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def all(self) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape))
 
 
-class _Slot(NamedTuple):
-    """Where a stored tensor goes: a leaf, its layer (None for a leaf without layers), the layer's shape."""
+class Slot(NamedTuple):
+    """Where a stored tensor goes: a leaf ("layers/q") and the layer, None for a leaf without layers."""
 
     leaf: str
     layer: int | None
-    shape: tuple[int, ...]
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        if len(self.shape) == 1 or self.leaf in _KEPT:
-            return self.shape
-        inputs = _INPUT_AXES.get(self.leaf, 1)
-        return math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
+
+def slots(config: llama.LlamaConfig) -> dict[Slot, tuple[int, ...]]:
+    """Every tensor of a model, with its shape as stored."""
+    found = {}
+    for leaf, shape in leaf_shapes(config).items():
+        if leaf.startswith("layers/"):
+            found |= {Slot(leaf, i): stored_shape(leaf, shape[1:]) for i in range(shape[0])}
+        else:
+            found[Slot(leaf, None)] = stored_shape(leaf, shape)
+    return found
+
+
+def stored_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape in a file, from its shape in the tree (without layers)."""
+    if leaf in _VECTORS:
+        return (math.prod(shape),)
+    if len(shape) == 1 or leaf in _KEPT:
+        return shape
+    inputs = _INPUT_AXES.get(leaf, 1)
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
 
 def gather(
-    config: llama.LlamaConfig, names: Mapping[str, str], stored: Mapping[str, Stored], where: str
+    config: llama.LlamaConfig,
+    stored: Mapping[Slot, Stored],
+    *,
+    dtype: str = "float32",
+    shardings=None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """The parameter tree, float32 numpy, read tensor by tensor.
+    """The parameter tree on the devices, read tensor by tensor.
+
+    On the host there is one tensor at a time; each process reads the parts that its devices hold.
 
     Args:
-        config: the model the file says it holds.
-        names: leaf -> name in the file, with {} for the layer.
-        stored: the file's tensors by name.
-        where: the file or directory, for the message.
-
-    Raises:
-        UserError: naming every tensor that is missing, misshapen or not part of the model.
+        stored: all tensors of the model.
+        dtype: of the leaves, or "stored": each as it is in the file (layers that differ: what holds them all).
+        shardings: a tree like the parameters, or a function from the config to one; None: the first device.
+        progress: called with (bytes read, bytes in all) after each tensor.
     """
-    slots = _slots(config, names)
-    problems = [f"{name} is missing" for name in slots if name not in stored]
-    problems += [f"{name} is not part of the model" for name in stored if name not in slots]
-    problems += [
-        f"{name} has shape {list(stored[name].shape)} instead of {list(slot.stored_shape)}"
-        for name, slot in slots.items()
-        if name in stored and tuple(stored[name].shape) != slot.stored_shape
-    ]
-    if problems:
-        raise UserError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
+    if callable(shardings):
+        shardings = shardings(config)
+    single = SingleDeviceSharding(jax.local_devices()[0])
+    of_leaf = {} if shardings is None else flatten(shardings)
+    shapes = leaf_shapes(config)
+    dtypes: dict[str, np.dtype] = {}
+    for slot, tensor in stored.items():
+        known = dtypes.get(slot.leaf, tensor.dtype)
+        dtypes[slot.leaf] = jnp.promote_types(known, tensor.dtype)
+    if dtype != "stored":
+        dtypes = dict.fromkeys(dtypes, np.dtype(dtype))
 
-    flat = {leaf: np.empty(shape, np.float32) for leaf, shape in _leaf_shapes(config).items()}
-    for name, slot in slots.items():
-        value = stored[name].read()
-        if slot.stored_shape != slot.shape:
-            value = value.T.reshape(slot.shape)
-        flat[slot.leaf][... if slot.layer is None else slot.layer] = value
-    return _nest(flat)
+    flat, done = {}, 0
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
+    for slot, tensor in stored.items():
+        leaf, shape = slot.leaf, shapes[slot.leaf]
+        sharding = of_leaf.get(leaf, single)
+        raw_sharding = _raw_sharding(leaf, sharding, stacked=slot.layer is not None)
+        raw = jax.make_array_from_callback(tensor.shape, raw_sharding, tensor.read)
+        if slot.layer is None:
+            place = _placer(leaf, shape, dtypes[leaf], sharding, False)
+            flat[leaf] = place(raw)
+        else:
+            if leaf not in flat:
+                flat[leaf] = _zeros(shape, dtypes[leaf], sharding)
+            place = _placer(leaf, shape, dtypes[leaf], sharding, True)
+            flat[leaf] = place(flat[leaf], raw, np.int32(slot.layer))
+        # The device works behind the host: without waiting, every tensor would be in memory at the same time.
+        jax.block_until_ready(flat[leaf])
+        done += math.prod(tensor.shape) * tensor.dtype.itemsize
+        if progress:
+            progress(done, total)
+    return nest({leaf: flat[leaf] for leaf in shapes})
 
 
-def scatter(
-    config: llama.LlamaConfig, names: Mapping[str, str], params: Mapping
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `gather`: (name, tensor as stored) one by one, in the dtypes of the tree.
+def scatter(config: llama.LlamaConfig, params: Mapping) -> dict[Slot, Stored]:
+    """The inverse of `gather`: every tensor, read off the tree (in its dtypes) when it is asked for.
 
     Raises:
         UserError: naming the leaves that the config has and the tree has not, the other way round, or
             in another shape.
     """
-    flat = {leaf: np.asarray(value) for leaf, value in _flatten(params).items()}
-    expected = _leaf_shapes(config)
-    found = {leaf: value.shape for leaf, value in flat.items()}
+    flat = flatten(params)
+    expected = leaf_shapes(config)
+    found = {leaf: tuple(value.shape) for leaf, value in flat.items()}
     if found != expected:
         wrong = sorted(leaf for leaf in found | expected if found.get(leaf) != expected.get(leaf))
         raise UserError(
             "the parameters do not fit the config: "
             + "; ".join(f"{leaf} is {found.get(leaf)}, not {expected.get(leaf)}" for leaf in wrong)
         )
-    for name, slot in _slots(config, names).items():
-        value = flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
-        if slot.stored_shape != slot.shape:
-            value = value.reshape(slot.stored_shape[::-1]).T
-        yield name, np.ascontiguousarray(value)
+
+    def read(slot, shape, index):
+        value = flat[slot.leaf]
+        if slot.layer is not None:
+            value = value[slot.layer]
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            value = multihost_utils.process_allgather(value, tiled=True)
+        value = np.asarray(value)
+        if value.shape != shape:
+            value = value.reshape(shape) if len(shape) == 1 else value.reshape(shape[::-1]).T
+        elif len(shape) == 2 and slot.leaf not in _KEPT:  # a square matrix
+            value = value.T
+        return np.ascontiguousarray(value[index])
+
+    return {
+        slot: Stored(shape, np.dtype(flat[slot.leaf].dtype), functools.partial(read, slot, shape))
+        for slot, shape in slots(config).items()
+    }
 
 
-def _slots(config: llama.LlamaConfig, names: Mapping[str, str]) -> dict[str, _Slot]:
-    slots = {}
-    for leaf, shape in _leaf_shapes(config).items():
-        if leaf.startswith("layers/"):
-            for layer in range(shape[0]):
-                slots[names[leaf].format(layer)] = _Slot(leaf, layer, shape[1:])
-        else:
-            slots[names[leaf]] = _Slot(leaf, None, shape)
-    return slots
+def check(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raises one `UserError` that names every tensor that is missing, misshapen or not part of the model.
+
+    Args:
+        expected, found: name in the file -> shape.
+        where: the file or directory, for the message.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if problems:
+        raise UserError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}")
 
 
-def _leaf_shapes(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
-    return {leaf: spec.shape for leaf, spec in _flatten(llama.abstract_params(config)).items()}
+def leaf_shapes(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
+    return {leaf: spec.shape for leaf, spec in flatten(llama.abstract_params(config)).items()}
 
 
-def _flatten(tree: Mapping) -> dict:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {"/".join(key.key for key in path): value for path, value in leaves}
+def flatten(tree: Mapping) -> dict:
+    """Leaves by their path, "layers/q"."""
+    return dict(_walk(tree, ()))
 
 
-def _nest(flat: Mapping) -> dict:
+def nest(flat: Mapping) -> dict:
+    """The inverse of `flatten`."""
     tree = {}
     for leaf, value in flat.items():
         *parents, last = leaf.split("/")
@@ -130,3 +194,56 @@ def _nest(flat: Mapping) -> dict:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
+
+
+def _walk(tree, path) -> Iterator:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*path, name))
+        else:
+            yield "/".join((*path, name)), value
+
+
+def _raw_sharding(leaf: str, sharding, stacked: bool):
+    """How a tensor is split in the layout of the file, so that it lies where its part of the leaf does."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = tuple(sharding.spec) + (None,) * 4
+    axes = axes[1:] if stacked else axes
+    if leaf in _KEPT:
+        axes = axes[:2]
+    elif leaf in _VECTORS or leaf.endswith("norm"):
+        axes = axes[:1]  # heads, or the norm's width
+    elif leaf == "layers/o":
+        axes = axes[2], axes[0]  # [N, H, D] -> [D, N * H]
+    else:
+        axes = axes[1], axes[0]  # [D, N, H] -> [N * H, D], [in, out] -> [out, in]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+@functools.lru_cache(maxsize=64)
+def _placer(leaf: str, shape: tuple, dtype: np.dtype, sharding, stacked: bool):
+    """The jitted step from a stored tensor to its place: transposed, heads split, cast, on the device."""
+    inner = shape[1:] if stacked else shape
+
+    def convert(raw):
+        if len(raw.shape) == 2 and leaf not in _KEPT:
+            raw = raw.T
+        return raw.reshape(inner).astype(dtype)
+
+    if not stacked:
+        return jax.jit(convert, out_shardings=sharding)
+
+    def place(leaf_value, raw, layer):
+        return lax.dynamic_update_index_in_dim(leaf_value, convert(raw), layer, axis=0)
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros_maker(shape, dtype, sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _zeros(shape, dtype, sharding):
+    return _zeros_maker(shape, np.dtype(dtype), sharding)()
