@@ -13,7 +13,8 @@ from lrjax.errors import UserError
 
 # How a model is computed or loaded, not what it is.
 _FREE = {
-    "dtype", "remat", "attention", "context_parallel", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures",
+    "dtype", "remat", "attention", "context_parallel",
+    "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures",
     "attn_implementation", "_attn_implementation", "attention_dropout", "initializer_range", "pretraining_tp",
     "auto_map",
 }  # fmt: skip
