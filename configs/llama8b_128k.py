@@ -79,8 +79,8 @@ def get_config(variant: str = ""):
         config.train_length = 40960
         config.extend.update(global_batch_size=1, micro_batches=1)
     elif variant == "single80gb":
-        # One 80 GB card: parameters and moments in bfloat16, stochastically rounded (docs/plans.md says what this
-        # costs), moments and what enters each layer in the host's memory.
+        # Meant for one 80 GB card, and not fitting it yet (docs/plans.md): parameters and moments in bfloat16,
+        # stochastically rounded, moments and what enters each layer in the host's memory.
         config.mesh.update(fsdp=1, context=1)
         config.row_multiple = 128
         config.model.remat = "offload"
