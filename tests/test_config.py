@@ -114,7 +114,7 @@ def test_any_rope_scaling_can_be_the_target():
         with pytest.raises(UserError, match="short_factor has 0 numbers; needed: 64"):
             config_lib.extended_model(config, base)
         config.rope_scaling.rope_type = "ntk"
-        with pytest.raises(UserError, match="rope_scaling.rope_type 'ntk': allowed: default"):
+        with pytest.raises(UserError, match=r"rope_scaling.rope_type 'ntk': allowed: default"):
             config_lib.check(config)
 
 
