@@ -50,7 +50,8 @@ def write(path, config, params, *, vocab_size=None, drop=(), extra=(), **metadat
     writer.add_vocab_size(vocab_size or config.vocab_size)
     for name, value in metadata.items():
         writer.add_string(name.replace("__", "."), value)
-    for name, tensor in scatter(config, gguf._NAMES, params):
+    for slot, stored in scatter(config, params).items():
+        name, tensor = gguf._NAMES[slot.leaf].format(slot.layer), stored.all()
         for part, heads in (("attn_q", config.num_heads), ("attn_k", config.num_kv_heads)):
             if part in name:
                 rows, columns = tensor.shape

@@ -216,14 +216,18 @@ def test_unknown_dtype_is_named(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type is 'gemma'; known are llama"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; known are gemma3_text, llama"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type is 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.rope_type is 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_scaling.rope_type is 'mrope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is missing"),
+        ({"model_type": "bloom"}, "model_type is 'bloom', which has ALiBi"),
         ({"rope_scaling": {"full": {"rope_theta": 2}}}, "rope_scaling.full is {'rope_theta': 2}"),
         ({"rope_theta": 5.0}, "rope_theta 5.0, rope_parameters.rope_theta 700.0"),
         ({"hidden_size": "absent"}, "hidden_size is None; a positive integer is expected"),

@@ -282,7 +282,7 @@ def _read_rope(raw: dict, kind: str, family: Family, positions: int):
                     f"{key}.{name} is {value!r}; rope_type {rope_type} has no such field"
                 )
         entries = {name: value for name, value in entries.items() if value is not None}
-        if not entries and rope_type == "default":
+        if not raw.get(key):
             continue
         entries["rope_type"] = rope_type
         if found and found != entries:
@@ -299,10 +299,12 @@ def _read_rope(raw: dict, kind: str, family: Family, positions: int):
         outside = raw.get("original_max_position_embeddings")
         window = outside or found.get("original_max_position_embeddings") or positions
         found["original_max_position_embeddings"] = window
-        if found["rope_type"] in ("yarn", "longrope"):
+        if found["rope_type"] == "longrope":
             found.setdefault("factor", max(1.0, positions / window))
     else:
         found.pop("original_max_position_embeddings", None)
+    if "factor" in fields and "factor" not in found:
+        raise UserError(f"{where}.factor is missing; rope_type {found['rope_type']} needs it")
     try:
         scaling = RopeScaling(**found)
     except UserError as error:

@@ -1,0 +1,131 @@
+"""Converts a checkpoint: `python -m lrjax.convert SOURCE DEST [--to=hf|orbax] [--dtype=stored|float32|...]`.
+
+SOURCE is what `lrjax.load` takes. A Hugging Face directory or GGUF file becomes a Hugging Face directory tensor by
+tensor, and a call that was stopped goes on after the shards it finished. DEST appears whole or not at all: until
+then the work is in DEST.partial. A mistake ends with one line on standard error and exit code 2.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import jax.numpy as jnp
+from absl import app, flags
+from rich import progress as rich_progress
+
+from lrjax.checkpoints import families, gguf, huggingface, loading, orbax
+from lrjax.checkpoints.tensors import Stored, scatter
+from lrjax.data.tokenizers import load_tokenizer
+from lrjax.errors import UserError
+
+DTYPES = ("stored", "float32", "bfloat16", "float16")
+_SOURCE_FILE = "source.json"  # in DEST.partial: what its shards were made of
+
+_TO = flags.DEFINE_enum("to", "hf", ("hf", "orbax"), "What to write.")
+_DTYPE = flags.DEFINE_enum("dtype", "stored", DTYPES, "Of the tensors; stored: as they are.")
+
+
+def convert(source, dest, to: str = "hf", dtype: str = "stored", progress=None) -> None:
+    """Writes the checkpoint `source` as `dest`.
+
+    Args:
+        to: "hf" or "orbax".
+        dtype: of the tensors, or "stored" (a GGUF's are float32 then).
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UserError: nothing readable at the source, something at the destination, a config that the family's
+            config.json cannot express.
+    """
+    dest = pathlib.Path(dest)
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{dest}: exists and is not empty; convert to a new directory")
+    if str(source) == "smollm2":
+        source = gguf.packaged_smollm2()
+    partial = dest.with_name(dest.name + ".partial")
+    if to == "orbax":
+        config, params, tokenizer = loading.load(source, dtype=dtype)
+        shutil.rmtree(partial, ignore_errors=True)
+        orbax.save_model(partial, config, params, about={"converted_from": str(source)})
+        if tokenizer is not None:
+            load_tokenizer(tokenizer).save(partial / "tokenizer")
+        os.replace(partial, dest)
+        return
+    with _open(pathlib.Path(source)) as (config, stored, tokenizer):
+        if dtype != "stored":
+            stored = {slot: _cast(tensor, jnp.dtype(dtype)) for slot, tensor in stored.items()}
+        kinds = {str(tensor.dtype) for tensor in stored.values() if len(tensor.shape) == 2}
+        raw = families.write_config(config, sorted(kinds)[0])
+        _claim(partial, {"source": _fingerprint(source), "dtype": dtype})
+        huggingface.write_model(
+            dest, config, raw, stored, tokenizer, resume=True, progress=progress
+        )
+        (dest / _SOURCE_FILE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _open(path: pathlib.Path):
+    """(config, stored tensors, tokenizer) of any source, read when asked for where the format lets it."""
+    if path.suffix == ".gguf":
+        yield (*gguf.open_model(path), path)
+    elif (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+        with huggingface.open_model(path) as (config, stored):
+            has = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+            yield config, stored, path if has else None
+    else:
+        config, params, tokenizer = loading.load(path, dtype="stored")
+        yield config, scatter(config, params), tokenizer
+
+
+def _cast(tensor: Stored, dtype) -> Stored:
+    return Stored(tensor.shape, dtype, lambda index: tensor.read(index).astype(dtype))
+
+
+def _fingerprint(source) -> list:
+    """Names, sizes and times of the source's files: shards of another source are not gone on with."""
+    path = pathlib.Path(source).absolute()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _claim(partial: pathlib.Path, content: dict) -> None:
+    file = partial / _SOURCE_FILE
+    if not file.is_file() or json.loads(file.read_text()) != content:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+
+
+def main(argv) -> None:
+    if len(argv) != 3:
+        raise UserError("needed: SOURCE DEST; see --help")
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns) as bar:
+        task = bar.add_task(pathlib.Path(argv[2]).name, total=None)
+        convert(
+            argv[1], argv[2], _TO.value, _DTYPE.value,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+
+
+def parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        print(f"lrjax.convert: {error}", file=sys.stderr)
+        sys.exit(2)
