@@ -16,7 +16,12 @@ from lrjax import multihost
 from lrjax.reporting.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-FLAGS = ["--config=configs/tiny.py:quick", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
+FLAGS = [
+    "--config=configs/tiny.py:quick",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.context=2",
+    "--config.row_multiple=4",
+]
 
 
 def start(workdir, processes, devices, log):
