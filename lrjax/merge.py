@@ -14,46 +14,46 @@ that was stopped goes on with the same command.
 """
 
 import pathlib
-import sys
-from logging import INFO
 
-from absl import app, flags, logging
-
+from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
 from lrjax.longrecipe import merging
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_settings import MergeRecipe, read_mergekit
 
-_OUT = flags.DEFINE_string("out", None, "Directory of the result.")
-_CONFIG = flags.DEFINE_string("config", None, "A merge in mergekit's YAML, instead of models.")
-_METHOD = flags.DEFINE_enum("method", "linear", list(METHODS), "How to merge.")
-_WEIGHTS = flags.DEFINE_list("weights", None, "A weight for each model.")
-_BASE = flags.DEFINE_string("base", None, "What differences are taken to, or slerp starts from.")
-_DENSITY = flags.DEFINE_list("density", None, "Share of the differences to keep: one, or one each.")
-_SCALE = flags.DEFINE_float("scale", None, "Factor on the sum of differences (lambda).")
-_SEED = flags.DEFINE_integer("seed", None, "Of DARE's draws.")
-_NORMALIZE = flags.DEFINE_bool("normalize", None, "Divide by the sum of the weights.")
-_STRICT_SUM = flags.DEFINE_bool(
+_FLAGS = ProgramFlags()
+_OUT = _FLAGS.DEFINE_string("out", None, "Directory of the result.")
+_CONFIG = _FLAGS.DEFINE_string("config", None, "A merge in mergekit's YAML, instead of models.")
+_METHOD = _FLAGS.DEFINE_enum("method", "linear", list(METHODS), "How to merge.")
+_WEIGHTS = _FLAGS.DEFINE_list("weights", None, "A weight for each model.")
+_BASE = _FLAGS.DEFINE_string("base", None, "What differences are taken to, or slerp starts from.")
+_DENSITY = _FLAGS.DEFINE_list(
+    "density", None, "Share of the differences to keep: one, or one each."
+)
+_SCALE = _FLAGS.DEFINE_float("scale", None, "Factor on the sum of differences (lambda).")
+_SEED = _FLAGS.DEFINE_integer("seed", None, "Of DARE's draws.")
+_NORMALIZE = _FLAGS.DEFINE_bool("normalize", None, "Divide by the sum of the weights.")
+_STRICT_SUM = _FLAGS.DEFINE_bool(
     "strict_sum", None, "Refuse weights of a linear merge that do not sum to 1, or warn."
 )
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "float16", "bfloat16"], "Of the result.")
-_ROPE_FROM = flags.DEFINE_string(
+_DTYPE = _FLAGS.DEFINE_enum("dtype", None, ["float32", "float16", "bfloat16"], "Of the result.")
+_ROPE_FROM = _FLAGS.DEFINE_string(
     "rope_from", None, "The model whose RoPE and window the result has; needed if they differ."
 )
-_TOKENIZER_FROM = flags.DEFINE_string("tokenizer_from", None, "The same for the tokenizer.")
-_LAST = flags.DEFINE_integer("last", None, "Average the last steps that a stage has kept.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --out, in one step.")
-_THREADS = flags.DEFINE_integer("threads", None, "Tensors merged at once.")
-_HASHES = flags.DEFINE_bool("hashes", True, "Record the sha256 of every source file.")
-_SYNC = flags.DEFINE_bool("sync", False, "Wait until the disk has it all.")
-_SEARCH = flags.DEFINE_integer(
+_TOKENIZER_FROM = _FLAGS.DEFINE_string("tokenizer_from", None, "The same for the tokenizer.")
+_LAST = _FLAGS.DEFINE_integer("last", None, "Average the last steps that a stage has kept.")
+_OVERWRITE = _FLAGS.DEFINE_bool("overwrite", False, "Replace what is at --out, in one step.")
+_THREADS = _FLAGS.DEFINE_integer("threads", None, "Tensors merged at once.")
+_HASHES = _FLAGS.DEFINE_bool("hashes", True, "Record the sha256 of every source file.")
+_SYNC = _FLAGS.DEFINE_bool("sync", False, "Wait until the disk has it all.")
+_SEARCH = _FLAGS.DEFINE_integer(
     "search", None, "Evaluate all weights that are multiples of 1/SEARCH, and plot the frontier."
 )
-_SOUP = flags.DEFINE_enum(
+_SOUP = _FLAGS.DEFINE_enum(
     "soup", None, ["needle", "short"], "Average the models that improve a metric, best first."
 )
-_RECIPE = flags.DEFINE_string("recipe", None, "configs/NAME.py[:variant] whose tasks evaluate.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run with the data and tokenizer of --recipe.")
+_RECIPE = _FLAGS.DEFINE_string("recipe", None, "configs/NAME.py[:variant] whose tasks evaluate.")
+_WORKDIR = _FLAGS.DEFINE_string("workdir", None, "The run with the data and tokenizer of --recipe.")
 
 
 def main(argv) -> None:
@@ -77,17 +77,11 @@ def _recipe(paths) -> MergeRecipe:
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     if _CONFIG.value is not None:
-        if (
-            paths
-            or _WEIGHTS.value
-            or _DENSITY.value
-            or _LAST.value
-            or flags.FLAGS["method"].present
-        ):
+        if paths or _WEIGHTS.value or _DENSITY.value or _LAST.value or _FLAGS["method"].present:
             raise UserError("--config says what is merged; leave models, weights and methods out")
         return read_mergekit(_CONFIG.value, **changes)
     if _LAST.value is not None:
-        if len(paths) != 1 or _WEIGHTS.value or flags.FLAGS["method"].present:
+        if len(paths) != 1 or _WEIGHTS.value or _FLAGS["method"].present:
             raise UserError("--last=K takes one directory, RUN/checkpoints/STAGE, and no weights")
         return MergeRecipe("linear", last_steps(paths[0], _LAST.value), **changes)
     if not paths or _WEIGHTS.value is None:
@@ -145,26 +139,5 @@ def _evaluate(paths) -> None:
         )
 
 
-def parse_flags(argv):
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
-def quieten() -> None:
-    """As `main.quieten`, which comes with jax: of other libraries' log lines, only the warnings."""
-    package = str(pathlib.Path(__file__).parent)
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > INFO or record.pathname.startswith(package)
-    )
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    quieten()
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as error:
-        print(f"lrjax.merge: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, _FLAGS)

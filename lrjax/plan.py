@@ -20,12 +20,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import pathlib
 
 import jax
-from absl import flags, logging
+from absl import logging
 
 from lrjax import config as config_lib
 from lrjax import sharding
+from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
-from lrjax.main import config_of_flag, quieten, run_program
+from lrjax.main import config_of_flag
 from lrjax.models import attention
 from lrjax.planning import estimate, hardware
 from lrjax.planning import steps as programs
@@ -34,14 +35,15 @@ from lrjax.planning.counting import bytes_per_mesh_axis
 
 STEPS = ("train", "full_length_train", "score", "prefill")
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5p:2x2x4 or h100:8.")
-_STEPS = flags.DEFINE_list("steps", list(STEPS), f"Only these: {', '.join(STEPS)}.")
-_JSON = flags.DEFINE_bool("json", False, "Standard output holds the plan as JSON alone.")
-_OUT = flags.DEFINE_string("out", None, "Write the JSON to this file too.")
-_FIT = flags.DEFINE_bool(
+_FLAGS = ProgramFlags()
+_TOPOLOGY = _FLAGS.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5p:2x2x4 or h100:8.")
+_STEPS = _FLAGS.DEFINE_list("steps", list(STEPS), f"Only these: {', '.join(STEPS)}.")
+_JSON = _FLAGS.DEFINE_bool("json", False, "Standard output holds the plan as JSON alone.")
+_OUT = _FLAGS.DEFINE_string("out", None, "Write the JSON to this file too.")
+_FIT = _FLAGS.DEFINE_bool(
     "fit", False, "Find the smallest topology that fits, and the largest batch on it."
 )
-_CHIPS = flags.DEFINE_list("chips", list(TOPOLOGIES), "With --fit: of these chips.")
+_CHIPS = _FLAGS.DEFINE_list("chips", list(TOPOLOGIES), "With --fit: of these chips.")
 
 
 def plan(config, topology: str, names=STEPS, devices=None) -> dict:
@@ -303,6 +305,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    quieten()
-    run_program(main)
+    run_program(main, _FLAGS)

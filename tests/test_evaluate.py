@@ -7,8 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from lrjax import evaluate
 from lrjax.checkpoints import orbax
@@ -39,8 +37,10 @@ def checkpoints(tmp_path_factory):
 
 
 def run(*arguments):
-    with flagsaver.flagsaver():
-        evaluate.main(flags.FLAGS(["evaluate", *arguments]))
+    flags = evaluate._FLAGS
+    for name in flags.values:
+        flags[name].unparse()
+    evaluate.main(flags.parse(["evaluate", *arguments]))
 
 
 def test_samples_need_no_model(tmp_path):

@@ -16,7 +16,8 @@ from lrjax.evaluation.generate import generate, prefill
 from lrjax.evaluation.questions import Task, ask, before_stop, cut_middle, lrjax_answerer
 from lrjax.evaluation.reader import SHARED, Reader, answers, shared_length
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.models.llama import LOGICAL_AXES, LlamaConfig, init_params
+from lrjax.models.llama import LlamaConfig, init_params
+from lrjax.training.state import shardings_of
 
 CONFIG = LlamaConfig(
     vocab_size=257, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
@@ -79,10 +80,7 @@ def test_questions_fork_from_one_document(params, prompts, alone):
 
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
     mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2})
-    axes = {name: LOGICAL_AXES[name] for name in params}
-    shardings = sharding.tree_shardings(axes, mesh)
-    shardings["embedding"] = shardings["head"] = sharding.replicated(mesh)  # 257 does not divide
-    placed = jax.device_put(params, shardings)
+    placed = jax.device_put(params, shardings_of(params, mesh))
     filled = prefill(CONFIG, placed, prompts[:2], room=8, chunk=128)
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[3] == 1
