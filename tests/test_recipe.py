@@ -10,9 +10,6 @@ import time
 
 import pytest
 
-# One worker runs this file: its tests share one finished run.
-pytestmark = pytest.mark.xdist_group("recipe")
-
 ROOT = pathlib.Path(__file__).parent.parent
 # Not the eight fake devices of the other tests: a run as a user starts it.
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -129,7 +126,7 @@ def test_smollm2_passes_through_every_stage(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == STAGES
-    assert set(summary["evaluation"]) == {"base", "longrecipe", "merged"}
+    assert set(summary["evaluation"]) == {"base", "merged"}
     for name in summary["evaluation"]:
         result = json.loads((tmp_path / f"run/evaluation/{name}/niah_multikey_2.json").read_text())
         assert summary["evaluation"][name]["niah_multikey_2"] == {"512": result["512"]["score"]}
