@@ -97,7 +97,11 @@ def finish(partial, out, recipe, sources, tensors, layout, record) -> None:
 
 
 def _orbax_metadata(partial: pathlib.Path, tensors) -> None:
-    """Orbax's own description of the arrays, which it writes for a tree of the same names."""
+    """Orbax's own description of the arrays, which it writes for a tree of the same names.
+
+    One process writes it; Orbax is told, or it would wait for the others of the run.
+    """
+    import jax
     import orbax.checkpoint as ocp
 
     tree: dict = {}
@@ -108,7 +112,12 @@ def _orbax_metadata(partial: pathlib.Path, tensors) -> None:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = np.zeros([1] * (len(tensor.shape) + (layer is not None)), tensor.dtype)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix="merge"
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(partial / "names", args=ocp.args.PyTreeSave(tree), force=True)
     for file in (partial / "names").iterdir():
         if file.is_file():
