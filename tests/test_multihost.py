@@ -21,6 +21,11 @@ FLAGS = [
     "--config.mesh.fsdp=2",
     "--config.mesh.context=2",
     "--config.row_multiple=4",
+    # One checkpoint is enough of evaluation, which is most of a run this short.
+    "--config.evaluate.checkpoints=('merged',)",
+    "--config.merge.curve=()",
+    "--config.evaluate.during.every=0",
+    "--config.evaluate.during.tasks=()",
 ]
 
 
@@ -62,8 +67,10 @@ def test_two_processes_stopped_and_started_again_are_one_process(tmp_path):
         finish(start(tmp_path / "two", 2, 2, log), log)
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert [(r["stage"], r["step"]) for r in rows[1]] == [(r["stage"], r["step"]) for r in rows[0]]
-    for mine, theirs in zip(*rows, strict=True):  # sums over processes in another order
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3), mine
+    for mine, theirs in zip(
+        *rows, strict=True
+    ):  # sums over processes in another order: measured 8e-7
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), mine
     summaries = [
         json.loads((tmp_path / name / "report" / "summary.json").read_text())
         for name in ("one", "two")
@@ -71,7 +78,7 @@ def test_two_processes_stopped_and_started_again_are_one_process(tmp_path):
     assert list(summaries[0]["stages"]) == list(summaries[1]["stages"])
     assert summaries[0]["evaluation"].keys() == summaries[1]["evaluation"].keys()
     for name, tasks in summaries[0]["evaluation"].items():
-        assert tasks["short"] == pytest.approx(summaries[1]["evaluation"][name]["short"], rel=1e-2)
+        assert tasks["short"] == pytest.approx(summaries[1]["evaluation"][name]["short"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
