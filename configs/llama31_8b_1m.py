@@ -11,15 +11,13 @@ Checked for shapes; never run at this size by us.
 """
 
 from lrjax import config as lrjax_config
-from lrjax.config import method, training
 from lrjax.errors import UserError
 
 
 def get_config(variant: str = ""):
-    config = lrjax_config.default()
+    config = lrjax_config.paper()
     config.name = "llama31_8b_1m"
     config.model.source = "checkpoints/Llama-3.1-8B-Instruct"
-    config.model.remat = "full"
     config.model.shape = {
         "vocab_size": 128256,
         "num_layers": 32,
@@ -30,27 +28,8 @@ def get_config(variant: str = ""):
         "mlp_dim": 14336,
         "rope_theta": 500000.0,
     }
+    # RoPE base: the paper's rule, 30.4M, below the base's own llama3 scaling, which stays.
     config.window, config.target_length, config.train_length = 131072, 1048576, 314572
-    config.rope_theta = (
-        0.0  # the paper's rule, 30M, below the base's own llama3 scaling, which stays
-    )
-
-    config.data.sources = {"long": "data/long/*.parquet", "replay": "data/replay/*.jsonl"}
-    config.data.bad_document = "skip"
-
-    paper = {"global_batch_size": 96, "learning_rate": 5e-5, "weight_decay": 0.1, "b2": 0.999}
-    config.probe = training(**paper, steps=10)
-    config.probe.method = method("random", "longrecipe")
-    config.score.samples = 1000
-    config.extend = training(**paper, steps=104, checkpoint_every=20, log_every=1)
-    config.methods = {
-        "raised_theta": method("first", ""),
-        "longrecipe": method("anchor", "longrecipe"),
-    }
     if variant:
         raise UserError(f"configs/llama31_8b_1m.py: variant {variant!r}; allowed: none")
-    config.replay = training(
-        **{**paper, "learning_rate": 5e-6}, steps=86, mixture={"replay": 1.0}, log_every=1
-    )
-    config.merge.base_weight = 0.5
     return config.lock()

@@ -13,15 +13,14 @@ and never been run at this size by us.
 """
 
 from lrjax import config as lrjax_config
-from lrjax.config import method, training
+from lrjax.config import method
 from lrjax.errors import UserError
 
 
 def get_config(variant: str = ""):
-    config = lrjax_config.default()
+    config = lrjax_config.paper()
     config.name = "llama8b_128k"
     config.model.source = "checkpoints/Meta-Llama-3-8B-Instruct"
-    config.model.remat = "full"
     config.model.shape = {
         "vocab_size": 128256,
         "num_layers": 32,
@@ -32,33 +31,8 @@ def get_config(variant: str = ""):
         "mlp_dim": 14336,
         "rope_theta": 500000.0,
     }
-    # A sequence is split over all devices. Rows then have whole blocks: 16 devices x 2 chunks x 128 tokens.
-    config.mesh.update(fsdp=1, context=-1)
-    config.row_multiple = 4096
+    # RoPE base: the paper's rule: 131.5M.
     config.window = 8192
-    config.target_length = 131072
-    config.train_length = 39321  # 30 %
-    config.rope_theta = 0.0  # the paper's rule: 131.5M
-
-    config.data.sources = {"long": "data/long/*.parquet", "replay": "data/replay/*.jsonl"}
-    config.data.bad_document = "skip"
-
-    # 96 x 104 examples of 39,321 tokens: 384M tokens.
-    paper = {
-        "global_batch_size": 96,
-        "micro_batches": 96,
-        "learning_rate": 5e-5,
-        "weight_decay": 0.1,
-        "b2": 0.999,
-    }
-    config.probe = training(**paper, steps=10)
-    config.probe.method = method("random", "longrecipe")
-    config.score.samples = 1000
-    config.extend = training(**paper, steps=104, checkpoint_every=20, log_every=1)
-    config.methods = {
-        "raised_theta": method("first", ""),
-        "longrecipe": method("anchor", "longrecipe"),
-    }
     if variant == "baselines":
         config.methods.update(
             contiguous=method("first", "contiguous"),
@@ -70,10 +44,6 @@ def get_config(variant: str = ""):
         raise UserError(
             f"configs/llama8b_128k.py: variant {variant!r}; allowed: none, baselines, compare, single80gb"
         )
-    config.replay = training(
-        **{**paper, "learning_rate": 5e-6}, steps=86, mixture={"replay": 1.0}, log_every=1
-    )
-    config.merge.base_weight = 0.5
     if variant == "compare":
         # One sequence a step, as docs/plans.md compares it with MaxText; 40,960 tokens.
         config.train_length = 40960

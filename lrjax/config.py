@@ -223,6 +223,38 @@ def default() -> ConfigDict:
     return config
 
 
+def paper() -> ConfigDict:
+    """`default` with what all models of the paper share (arXiv 2409.00509): batch, steps, rates, replay, merge.
+
+    96 x 104 examples; a sequence is split over all devices, one at a time. Where the paper states nothing (how H' is
+    trained, how many documents are scored), the values are ours.
+    """
+    config = default()
+    config.model.remat = "full"
+    # Rows have whole blocks: 16 devices x 2 chunks x 128 tokens.
+    config.mesh.update(fsdp=1, context=-1)
+    config.row_multiple = 4096
+    config.target_length = 131072
+    config.train_length = 39321  # 30 %
+    config.data.sources = {"long": "data/long/*.parquet", "replay": "data/replay/*.jsonl"}
+    config.data.bad_document = "skip"
+    shared = {"global_batch_size": 96, "micro_batches": 96, "weight_decay": 0.1, "b2": 0.999}
+    extend = {**shared, "learning_rate": 5e-5}
+    config.probe = training(**extend, steps=10)
+    config.probe.method = method("random", "longrecipe")
+    config.score.samples = 1000
+    config.extend = training(**extend, steps=104, checkpoint_every=20, log_every=1)
+    config.methods = {
+        "raised_theta": method("first", ""),
+        "longrecipe": method("anchor", "longrecipe"),
+    }
+    config.replay = training(
+        **shared, learning_rate=5e-6, steps=86, mixture={"replay": 1.0}, log_every=1
+    )
+    config.merge.base_weight = 0.5
+    return config
+
+
 def extended_theta(config, base_theta: float, head_dim: int) -> float:
     """The RoPE base of the extended models: config.rope_theta, or the paper's rule with f = target / window."""
     if config.rope_theta:

@@ -63,6 +63,11 @@ def test_llama8b_train_step_shapes():
     model_config = LlamaConfig(**{**shape, "rope_theta": theta}, remat=config.model.remat)
     params = abstract_params(model_config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 8_030_261_248  # as published
+    check_train_step(config, model_config, params)
+
+
+def check_train_step(config, model_config, params):
+    """Traces an extension step at its real size."""
     optimizer = make_optimizer(config.extend)
     state = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
     batch = {
@@ -94,9 +99,11 @@ def test_llama8b_train_step_shapes():
 def test_large_models_have_the_published_size_and_the_papers_theta(name, parameters, theta):
     config = get_config(pathlib.Path(f"configs/{name}.py").absolute())
     assert config.train_length == int(0.3 * config.target_length)
-    base = LlamaConfig(**config.model.shape)
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(base))) == parameters
+    base = LlamaConfig(**config.model.shape, remat=config.model.remat)
+    params = abstract_params(base)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
     extended = config_lib.extended_model(config, base)
+    check_train_step(config, extended, params)
     assert extended.rope_theta == pytest.approx(theta, rel=0.01)
     assert extended.max_position_embeddings == config.target_length
 
