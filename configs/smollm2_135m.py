@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     config.probe = training(**train, steps=4, log_every=1, warmup_steps=2)
     config.probe.method = method("random", "longrecipe")
     config.score.update(samples=4, length=4096)
-    config.extend = training(**train, steps=24, log_every=1, checkpoint_every=8, warmup_steps=4)
+    config.extend = training(**train, steps=16, log_every=1, checkpoint_every=4, warmup_steps=3)
     config.methods = {
         "raised_theta": method("first", ""),
         "contiguous": method("first", "contiguous"),
@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
     config.merge.curve = (0.0, 0.5, 1.0)
 
     config.evaluate.niah.update(
-        lengths=(4096, 8192, 16384), depths=(0.1, 0.5), samples_per_cell=1, haystack="essays"
+        lengths=(8192, 16384), depths=(0.1, 0.5), samples_per_cell=1, haystack="essays"
     )
     config.evaluate.perplexity.update(
         source="essays", length=16384, documents=1, buckets=(2048, 4096, 8192, 12288, 16384)
