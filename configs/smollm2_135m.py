@@ -64,7 +64,7 @@ def _make_quick(config):
     config.window, config.target_length, config.train_length = 512, 1024, 307
     config.data.samples = 6
     for section in (config.probe, config.extend, config.replay):
-        section.update(steps=2, warmup_steps=1, checkpoint_every=1)
+        section.update(steps=1, warmup_steps=0)
     config.replay.length = 256
     config.score.update(samples=2, length=1024)
     # Two documents and two steps of the probe say too little about classes to hold on to.
@@ -72,7 +72,7 @@ def _make_quick(config):
     for name in ("contiguous", "pose"):
         del config.methods[name]
     config.evaluate.niah.update(lengths=(1024,), depths=(0.5,))
-    config.evaluate.suite.update(tasks=("niah_multikey_2",), lengths=(512,), samples=1)
+    config.evaluate.suite.update(tasks=("vt",), lengths=(1024,), samples=1)
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))
     config.evaluate.short.update(documents=1, length=256)
     config.merge.curve = (0.5,)

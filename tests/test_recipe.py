@@ -128,9 +128,9 @@ def test_smollm2_passes_through_every_stage(tmp_path):
     assert list(summary["stages"]) == STAGES
     assert set(summary["evaluation"]) == {"base", "merged"}
     for name in summary["evaluation"]:
-        result = json.loads((tmp_path / f"run/evaluation/{name}/niah_multikey_2.json").read_text())
-        assert summary["evaluation"][name]["niah_multikey_2"] == {"512": result["512"]["score"]}
-    assert "niah_multikey_2" in (tmp_path / "run/report/index.html").read_text()
+        result = json.loads((tmp_path / f"run/evaluation/{name}/vt.json").read_text())
+        assert summary["evaluation"][name]["vt"] == {"1024": result["1024"]["score"]}
+    assert "vt" in (tmp_path / "run/report/index.html").read_text()
 
 
 @pytest.mark.parametrize(
