@@ -27,7 +27,7 @@ def training(**changes) -> ConfigDict:
             "global_batch_size": 8,
             "length": 0,  # tokens in a row of pretraining and replay; 0: the window
             "micro_batches": 1,  # gradient accumulation: parts that a global batch is worked off in
-            "optimizer": "adamw",  # adamw | muon
+            "optimizer": "adamw",  # adamw | muon | adafactor
             "learning_rate": 5e-5,
             "schedule": "constant",  # constant | cosine | linear
             "warmup_steps": 0,

@@ -204,7 +204,8 @@ def _knobs(config) -> str:
 def fit(config, chips=tuple(TOPOLOGIES)) -> dict:
     """The smallest known topology of each chip on which a training step fits, and the largest micro-batch there."""
     found = {}
-    params = 2 * 4 if config.extend.state_dtype == "float32" else 2 * 2  # with one moment at least
+    width = 4 if config.extend.state_dtype == "float32" else 2
+    least = width if config.extend.optimizer == "adafactor" else 2 * width  # with one moment at least
     model = programs.model_of(config)
     weights = sum(x.size for x in jax.tree.leaves(programs.abstract_params(model)))
     for name in chips:
@@ -213,7 +214,7 @@ def fit(config, chips=tuple(TOPOLOGIES)) -> dict:
         found[name] = None
         for shape in TOPOLOGIES[name]:
             chip, _ = parse(f"{name}:{shape}")
-            if not config.extend.offload and params * weights > chips_in(shape) * chip.memory:
+            if not config.extend.offload and least * weights > chips_in(shape) * chip.memory:
                 continue  # not even the state fits
             try:
                 result = plan(config, f"{name}:{shape}", ["train"])

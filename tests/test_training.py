@@ -102,7 +102,7 @@ def test_micro_batches_change_nothing(micro_batches):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_optimizers_lower_the_loss(optimizer):
     params = init_params(CONFIG, jax.random.key(0))
     update = make_optimizer(section(optimizer=optimizer, steps=30))
@@ -328,7 +328,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path):
     ("changes", "message"),
     [
         ({"global_batch_size": 6, "micro_batches": 4}, "global_batch_size 6 does not divide by 4"),
-        ({"optimizer": "sgd"}, "optimizer 'sgd': allowed: adamw, muon"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd': allowed: adamw, muon, adafactor"),
         ({"schedule": "step"}, "schedule 'step': allowed: constant, cosine, linear"),
         ({"learning_rate": 1e30}, "is nan at step"),
         ({"ema_decay": 1.0}, r"ema_decay 1\.0: allowed: 0 \(off\) to below 1"),

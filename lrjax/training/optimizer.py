@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules by name, from optax.
 
-`make_optimizer(config)` reads: optimizer (adamw | muon), learning_rate, schedule (constant | cosine | linear),
+`make_optimizer(config)` reads: optimizer (adamw | muon | adafactor), learning_rate, schedule (constant | cosine | linear),
 warmup_steps, steps, weight_decay, b1, b2, clip_norm.
 """
 
@@ -20,6 +20,8 @@ _MUON_AXES = {
     "up": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
     "down": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
 }
+
+_ADAFACTOR_SMALLEST = 64  # axes: a norm's scales of all layers, [32, D], are no matrix
 
 
 def make_schedule(config) -> optax.Schedule:
@@ -56,8 +58,18 @@ def make_optimizer(config) -> optax.GradientTransformation:
                 schedule, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
                 muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2,
             )  # fmt: skip
+        case "adafactor":
+            # Shazeer & Stern 2018 (arXiv 1804.04235): second moments as a row and a column, no first moment, so that
+            # the state is next to nothing. Updates are of RMS 1 at most and not scaled by their parameter's size:
+            # the learning rate means what it means for AdamW.
+            update = optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=_ADAFACTOR_SMALLEST),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+                optax.scale_by_learning_rate(schedule),
+            )
         case other:
-            raise UserError(f"optimizer {other!r}: allowed: adamw, muon")
+            raise UserError(f"optimizer {other!r}: allowed: adamw, muon, adafactor")
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, update)
 
