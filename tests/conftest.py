@@ -6,7 +6,13 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Most of the tests' time is compiling, a third of it for code as fast as can be. What is computed stays the same; the
+# runs of test_recipe.py, and those of the benchmarks, compile as a user's do.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
+)
 
 # pytest's workers and the commands that tests start inherit it: many compile the same programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

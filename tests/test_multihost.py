@@ -27,6 +27,8 @@ FLAGS = [
     "--config.evaluate.during.every=0",
     "--config.evaluate.during.tasks=()",
 ]
+# Five processes compile the same programs here, for steps of milliseconds.
+COMPILE_SOON = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def start(workdir, processes, devices, log):
@@ -34,8 +36,8 @@ def start(workdir, processes, devices, log):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "DEVICES": str(devices), "PORT": str(port),
-        "PYTHON": sys.executable,
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_SOON, "DEVICES": str(devices),
+        "PORT": str(port), "PYTHON": sys.executable,
     }  # fmt: skip
     return subprocess.Popen(
         ["launch/local_processes.sh", str(processes), *FLAGS, f"--workdir={workdir}"],
