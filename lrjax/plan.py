@@ -204,8 +204,9 @@ def _knobs(config) -> str:
 def fit(config, chips=tuple(TOPOLOGIES)) -> dict:
     """The smallest known topology of each chip on which a training step fits, and the largest micro-batch there."""
     found = {}
-    width = 4 if config.extend.state_dtype == "float32" else 2
-    least = width if config.extend.optimizer == "adafactor" else 2 * width  # with one moment at least
+    # Bytes a parameter, with one moment at least where there is one.
+    moments = 0 if config.extend.optimizer == "adafactor" else 1
+    least = (1 + moments) * (4 if config.extend.state_dtype == "float32" else 2)
     model = programs.model_of(config)
     weights = sum(x.size for x in jax.tree.leaves(programs.abstract_params(model)))
     for name in chips:

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules by name, from optax.
 
-`make_optimizer(config)` reads: optimizer (adamw | muon | adafactor), learning_rate, schedule (constant | cosine | linear),
-warmup_steps, steps, weight_decay, b1, b2, clip_norm.
+`make_optimizer(config)` reads: optimizer (adamw | muon | adafactor), learning_rate, schedule (constant | cosine |
+linear), warmup_steps, steps, weight_decay, b1, b2, clip_norm.
 """
 
 import optax
