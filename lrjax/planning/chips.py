@@ -1,9 +1,10 @@
 """Public figures of accelerator chips, and the topologies that the planner knows.
 
-Peak bfloat16 FLOP/s (dense), memory, its bandwidth, and what a chip sends to its neighbours, per chip. v5e and v5p
-were compared with cloud.google.com/tpu/docs/v5e and /v5p in November 2026, the H100 with its SXM data sheet; v4, v6e,
-tpu7x and all prices (on demand, US dollars an hour and chip) are as remembered of 2025 and not compared: look them up
-before you pay.
+Peak bfloat16 FLOP/s (dense), memory, its bandwidth, and what a chip sends to its neighbours, per chip. v4, v5e, v5p and
+v6e were compared with cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e in November 2026 (v4's links are not told
+there), the H100 with its SXM data sheet; tpu7x's memory, its bandwidth and half of its 8-bit peak are those of the
+launch's reports, its links a guess. All prices (on demand, US dollars an hour and chip) are as remembered of 2025 and
+not compared: look them up before you pay.
 """
 
 import dataclasses
