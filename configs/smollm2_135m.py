@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     config.probe = training(**train, steps=4, log_every=1, warmup_steps=2)
     config.probe.method = method("random", "longrecipe")
     config.score.update(samples=4, length=4096)
-    config.extend = training(**train, steps=16, log_every=1, checkpoint_every=4, warmup_steps=3)
+    config.extend = training(**train, steps=8, log_every=1, checkpoint_every=4, warmup_steps=3)
     config.methods = {
         "raised_theta": method("first", ""),
         "contiguous": method("first", "contiguous"),

@@ -25,6 +25,7 @@ from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig, abstract_params
 
 MODEL_FILE = "model.json"
+CHUNK_BYTES = 16 << 20
 
 
 def is_model(path) -> bool:
@@ -39,13 +40,20 @@ def save_model(path, config: LlamaConfig, params, *, about: dict | None = None) 
         (path / MODEL_FILE).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", params, force=True)
+        chunks = jax.tree.map_with_path(_chunks, params)
+        checkpointer.save(path / "params", params, save_args=chunks, force=True)
     if jax.process_index() == 0:
         content = {"format": "lrjax", "config": dataclasses.asdict(config), "about": about or {}}
         temporary = path / (MODEL_FILE + ".tmp")
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, path / MODEL_FILE)
     sharding.barrier(f"saved {path}")
+
+
+def _chunks(path, leaf) -> ocp.SaveArgs:
+    """Chunks of one layer, or of `CHUNK_BYTES` where there are no layers: what a merge has to hold of a leaf."""
+    layers = path[0] == jax.tree_util.DictKey("layers")
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if layers else ())
 
 
 def load_config(path) -> LlamaConfig:

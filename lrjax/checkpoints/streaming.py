@@ -216,8 +216,7 @@ def _read_header(file: pathlib.Path) -> dict[str, tuple[Tensor, int]]:
 class OrbaxSource(_Source):
     """An lrjax model, or (`step`) the parameters in one step of a training stage.
 
-    Memory is that of the chunks the arrays were written in: a layer where `streamed_output` wrote them, a whole leaf
-    where Orbax did.
+    Memory is that of the chunks the arrays were written in: of a model a layer, of a step the whole leaf.
     """
 
     kind = "orbax"
