@@ -1,0 +1,98 @@
+"""How a device's share of a training step falls with the number of devices, compiled for 1 to 16 fake ones.
+
+    python -m benchmarks.scaling --picture=docs/pictures/scaling.png [--out=scaling.json]
+
+A model of 0.2B parameters (AdamW, float32 state, full remat). Two series: sixteen sequences of 4,096 tokens split over
+`fsdp`, and one of 65,536 split over `context`. FLOPs are those of the program, loops included, over the devices;
+memory is the compiler's: what a device keeps (parameters, moments, batch) and what it needs besides. Nothing is run.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+DEVICES = (1, 2, 4, 8, 16)
+SHAPE = {
+    "vocab_size": 32768, "num_layers": 8, "embed_dim": 1024, "num_heads": 16, "num_kv_heads": 4, "head_dim": 64,
+    "mlp_dim": 4096,
+}  # fmt: skip
+SERIES = {"fsdp": (16, 4096), "context": (1, 65536)}  # sequences, tokens of each
+
+
+def measure(axis: str, devices: int) -> dict[str, float]:
+    """FLOPs and bytes of a device."""
+    import jax
+
+    from lrjax import config as config_lib
+    from lrjax import sharding
+    from lrjax.planning import estimate, steps
+
+    batch, length = SERIES[axis]
+    config = config_lib.default()
+    config.model.update(shape=SHAPE, remat="full", attention="blockwise")
+    config.window, config.target_length, config.train_length = 4096, length, length
+    config.extend.update(global_batch_size=batch)
+    config.mesh.update(**{"fsdp": 1, "context": 1, axis: devices})
+    mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices()[:devices])
+    with sharding.layout(mesh, config.rules):
+        program = steps.train(config, mesh, length)
+        executed = estimate.flops(program, "blockwise", train=True)["executed"]
+        memory = program.traced.lower().compile().memory_analysis()
+    return {
+        "flops": executed / devices,
+        "kept_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def draw(found: dict, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"flops": "FLOPs", "kept_bytes": "memory kept", "temporary_bytes": "memory besides"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (name, points) in zip(axes, found.items(), strict=True):
+        for (quantity, label), marker in zip(labels.items(), "osv", strict=True):
+            share = [point[quantity] / points["1"][quantity] for point in points.values()]
+            axis.loglog(DEVICES, share, marker=marker, label=label, base=2)
+        axis.loglog(
+            DEVICES, [1 / n for n in DEVICES], "--", color="grey", label="1 / devices", base=2
+        )
+        batch, length = SERIES[name]
+        axis.set_title(f"{batch} x {length:,} tokens over {name}")
+        axis.set_xticks(DEVICES, DEVICES)
+        axis.set_xlabel("devices")
+    axes[0].set_ylabel("share of one device alone")
+    axes[0].legend()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
+    parser.add_argument("--picture", type=pathlib.Path, help="PNG file")
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(DEVICES)}"
+    found = {axis: {str(n): measure(axis, n) for n in DEVICES} for axis in SERIES}
+    for axis, points in found.items():
+        print(
+            f"over {axis:8} {'TFLOP':>9} {'kept GB':>9} {'besides GB':>11}   times the devices, of one alone"
+        )
+        for n, point in points.items():
+            of_one = " ".join(f"{point[q] * int(n) / points['1'][q]:.2f}" for q in point)
+            print(
+                f"{n:>13} {point['flops'] / 1e12:9.2f} {point['kept_bytes'] / 1e9:9.3f} "
+                f"{point['temporary_bytes'] / 1e9:11.3f}   {of_one}"
+            )
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    if args.picture:
+        draw(found, args.picture)
+
+
+if __name__ == "__main__":
+    main()
