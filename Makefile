@@ -8,7 +8,7 @@ SEED ?= 0
 
 setup: $(VENV)/.complete
 
-$(VENV)/.complete: requirements.txt requirements-dev.txt requirements-data.txt pyproject.toml
+$(VENV)/.complete: requirements.txt requirements-eval.txt requirements-dev.txt requirements-data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lrjax needs Python 3.11 or newer; $(PYTHON) is older (make PYTHON=python3.12 ...)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
