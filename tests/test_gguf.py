@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import greedy_parity
 from lrjax.checkpoints import gguf
 from lrjax.checkpoints.tensors import scatter
 from lrjax.data.tokenizers import load_tokenizer
@@ -146,17 +147,18 @@ def test_missing_package_says_what_installs_it(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def both():
+    """SmolLM2 in lrjax and in transformers, float32."""
+    return greedy_parity.load_both()
+
+
+@pytest.fixture(scope="module")
+def smollm2(both):
     """(config, our logits, transformers' logits in a given torch dtype), as functions."""
     import torch
-    import transformers
 
-    path = gguf.packaged_smollm2()
-    config, params = gguf.load(path)
-    float32 = dataclasses.replace(config, dtype="float32")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    (float32, params, _), reference = both
+    config = dataclasses.replace(float32, dtype="bfloat16")  # as the file is read
 
     @jax.jit
     def forward(params, tokens_BL, positions_BL):
@@ -217,6 +219,20 @@ def test_smollm2_has_the_logits_of_transformers(smollm2):
     for positions_BL in (plain_BL, random_positions(320, shape), random_positions(1024, shape)):
         expected_BLV = theirs(tokens_BL, positions_BL, torch.float32)
         assert np.abs(ours(tokens_BL, positions_BL) - expected_BLV).max() <= 1e-3
+
+
+@pytest.mark.slow
+def test_smollm2_goes_on_with_the_same_tokens(both):
+    """The whole comparison, 10 prompts by 64 tokens, is `python -m benchmarks.greedy_parity`."""
+    import torch
+
+    (config, params, tokenizer), reference = both
+    reference.to(torch.float32)
+    for prompt in (greedy_parity.PROMPTS[0], greedy_parity.PROMPTS[5]):
+        ids = tokenizer.encode(prompt)
+        assert greedy_parity.ours(config, params, ids, 24) == greedy_parity.theirs(
+            reference, ids, 24
+        )
 
 
 @pytest.mark.slow
