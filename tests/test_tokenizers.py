@@ -264,9 +264,8 @@ def test_special_tokens_of_sentencepiece_are_saved_and_have_their_spans(
     again = load_tokenizer(tmp_path)
     np.testing.assert_array_equal(again.encode(text), ids_L)
     assert again.token_texts() == texts and again.eos_id == 341
-    special_config(tmp_path, added_tokens_decoder={})
     with pytest.raises(UserError, match=r"eos_token '<\|im_end\|>' is not in the vocabulary"):
-        load_tokenizer(tmp_path)
+        special_config(tmp_path, added_tokens_decoder={})
 
 
 def test_added_tokens_of_old_directories_are_read(with_special_tokens, tmp_path):
