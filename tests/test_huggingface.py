@@ -206,6 +206,21 @@ def test_all_tensors_that_do_not_fit_are_named(saved):
     assert "inv_freq" not in message
 
 
+def test_a_second_head_of_a_tied_model_has_to_be_the_embedding(tmp_path):
+    config = dataclasses.replace(TINY, tie_embeddings=True)
+    huggingface.save(tmp_path / "model", config, random_params(config))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    head_VD = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD}, file)
+    assert "head" not in huggingface.load(tmp_path / "model")[1]
+    head_VD[-1, -1] += 1
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD}, file)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path / "model")
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD[:-1]}, file)
+    assert "lm_head.weight is not part of the model" in refusal(tmp_path / "model")
+
+
 def test_unknown_dtype_is_named(saved):
     tensors = safetensors.numpy.load_file(saved / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)

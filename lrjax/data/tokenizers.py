@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from lrjax.data import chat
+from lrjax.data.generation import GENERATION_FILE, read_generation
 from lrjax.errors import UserError
 
 _KNOWN_DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
@@ -35,6 +36,7 @@ class Tokenizer(abc.ABC):
     eos_id: int | None  # None where the tokenizer names no such token
     bos_id: int | None
     config: dict  # the content of tokenizer_config.json
+    generation: dict = {}  # noqa: RUF012 - what generation_config.json beside it says; never changed in place
 
     @property
     def chat_templates(self) -> dict[str, str]:
@@ -133,9 +135,21 @@ class Tokenizer(abc.ABC):
     def save(self, directory: str | Path) -> None:
         """Write the files that `load_tokenizer(directory)` makes the same tokenizer of."""
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token that ends an answer: those of generation_config.json, and the tokenizer's own."""
+        listed = self.generation.get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        return [i for i in dict.fromkeys([*listed, self.eos_id]) if i is not None]
+
     def _save_config(self, directory: Path) -> None:
-        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", self.config),
+            (GENERATION_FILE, self.generation),
+        ):
+            if content or content is self.config:
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (directory / name).write_text(text, encoding="utf-8")
 
 
 class JsonTokenizer(Tokenizer):
@@ -196,7 +210,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer of "bytes", a directory, or a .json, .model (sentencepiece) or .gguf file.
 
     Special tokens and chat templates come from tokenizer_config.json and the files that transformers writes beside
-    it, or from the GGUF itself.
+    it, or from the GGUF itself; the settings for generation from a directory's generation_config.json.
 
     Raises:
         UserError: nothing of the kind there, or it cannot be read.
@@ -207,7 +221,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
-                return load_tokenizer(path / name)
+                tokenizer = load_tokenizer(path / name)
+                tokenizer.generation = read_generation(path)
+                return tokenizer
         raise UserError(
             f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this directory"
         )
