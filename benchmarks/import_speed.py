@@ -11,7 +11,8 @@ takes turns, each a process of its own:
 * `lrjax_float32`: the same to float32, what `lrjax.load` does: twice the bytes to write.
 
 warm: the files are in the page cache. cold: their pages are dropped before each run (posix_fadvise DONTNEED, after an
-fsync; no root needed), so the disk is read. The best of `--repeats` counts: other work on the machine only adds.
+fsync; no root needed), so the disk is read. The best of `--repeats` counts: other work on the machine only adds;
+processor seconds (all threads) hardly depend on it.
 
 Memory on a CPU: the arrays live in the host's memory, too, so their bytes are part of what the process grows by.
 `extra` is the most that anonymous memory grew by, less the arrays' own bytes: buffers on the way. The aim: at most the
@@ -24,6 +25,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import tempfile
 import threading
@@ -38,7 +40,6 @@ SIZE = {
     "vocabulary": 32000,
 }  # of TinyLlama, with as many layers as fill the file
 CONTENDERS = {"lrjax": "stored", "lrjax_float32": "float32"}
-LIMIT = 2 * 10**9  # bytes beside the arrays and the largest tensor
 
 
 def make_checkpoint(folder: pathlib.Path, gigabytes: float) -> None:
@@ -87,11 +88,16 @@ def drop_from_cache(files) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cat(files) -> float:
-    start = time.perf_counter()
+def cat(files) -> dict[str, float]:
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(os.devnull, "wb") as nowhere:
         subprocess.run(["cat", *map(str, files)], stdout=nowhere, check=True)
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"seconds": seconds, "processor": processor(after) - processor(before)}
+
+
+def processor(usage) -> float:
+    return usage.ru_utime + usage.ru_stime
 
 
 def resident() -> tuple[int, int]:
@@ -129,14 +135,19 @@ def run(folder: pathlib.Path, dtype: str) -> None:
     jax.block_until_ready(jax.numpy.zeros(8))
     watch = Watch()
     watch.start()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), processor(resource.getrusage(resource.RUSAGE_SELF))
     _, params = huggingface.load(folder, dtype=dtype)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
+    busy = processor(resource.getrusage(resource.RUSAGE_SELF)) - before
     anonymous, everything = watch.grown()
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     contenders.report(
-        seconds=seconds, arrays=arrays, extra=anonymous - arrays, mapped=everything - arrays
+        seconds=seconds,
+        processor=busy,
+        arrays=arrays,
+        extra=anonymous - arrays,
+        mapped=everything - arrays,
     )
 
 
@@ -164,7 +175,7 @@ def main() -> None:
                 for name in ("cat", *CONTENDERS):
                     cat(files) if kind == "warm" else drop_from_cache(files)
                     if name == "cat":
-                        result = {"seconds": cat(files)}
+                        result = cat(files)
                     else:
                         result = contenders.run(
                             "benchmarks.import_speed", [name], [f"--dir={folder}"]
@@ -177,20 +188,28 @@ def main() -> None:
 
 
 def table(found: dict) -> str:
-    lines = [
-        f"{found['bytes'] / 1e9:.2f} GB | warm: seconds | share of cat's speed | cold: seconds | share of cat's speed "
-        "| extra memory | with mapped files",
-        "|---" * 7 + "|",
+    names = ["cat", *CONTENDERS]
+    size = f"{found['bytes'] / 1e9:.2f} GB in bfloat16"
+    heads = [
+        size,
+        "warm, s",
+        "cat / it",
+        "cold, s",
+        "cat / it",
+        "processor, s",
+        "extra",
+        "extra and mapped",
     ]
-    lines[0] = f"| {lines[0]} |"
-    for name in ("cat", *CONTENDERS):
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in names:
         row = [name]
         for kind in ("warm", "cold"):
             seconds = found[kind][name]["seconds"]
             row += [f"{seconds:.2f}", f"{found[kind]['cat']['seconds'] / seconds:.2f}"]
+        row.append(f"{min(found[kind][name]['processor'] for kind in ('warm', 'cold')):.1f}")
         for field in ("extra", "mapped"):
             most = max(found[kind][name].get(field, 0) for kind in ("warm", "cold"))
-            row.append(f"{most / 1e9:.2f} GB" if name != "cat" else "")
+            row.append("" if name == "cat" else f"{most / 1e9:.2f} GB")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
