@@ -5,10 +5,12 @@
 Each cell writes a transformers model to a directory, reads it with lrjax, and compares float32 logits at plain
 positions past the original window, at random increasing positions and on packed segments (with the 4D mask
 written out for transformers). The figure is the largest absolute difference; the most likely token has to be the same
-everywhere. `tests/test_parity.py` runs the same cells.
+everywhere. For the architectures in GRADIENTS the gradient of the loss is compared too, tensor by tensor.
+`tests/test_parity.py` runs the same cells.
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -22,7 +24,13 @@ WINDOW, LENGTH, FARTHEST = (
     120,
 )  # the original window, tokens in a row, the last random position
 TOLERANCE = 2e-4
+GRADIENTS = {
+    "Llama 2/3": "llama3",
+    "Qwen3": "yarn",
+}  # architecture: the encoding it is compared with
+GRADIENT_TOLERANCE = 1e-3  # |ours - theirs| / |theirs| of every tensor
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
+GRADIENTS_BEGIN, GRADIENTS_END = "<!-- gradients: begin -->", "<!-- gradients: end -->"
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -122,8 +130,11 @@ def inputs() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     }
 
 
-def their_logits(model, tokens_BL, positions_BL, segments_BL) -> np.ndarray:
-    """transformers with its masks written out: causal, same segment, and the window of a sliding layer."""
+def their_logits(model, tokens_BL, positions_BL, segments_BL):
+    """transformers with its masks written out: causal, same segment, and the window of a sliding layer.
+
+    Returns a torch tensor, with a graph behind it unless `torch.no_grad()` is in force.
+    """
     import torch
 
     config = model.config
@@ -143,13 +154,12 @@ def their_logits(model, tokens_BL, positions_BL, segments_BL) -> np.ndarray:
         masks = {"full_attention": mask(seen), "sliding_attention": mask(near)}
     else:
         masks = mask(near)
-    with torch.no_grad():
-        return model(
-            torch.tensor(tokens_BL),
-            position_ids=torch.tensor(positions_BL),
-            attention_mask=masks,
-            use_cache=False,
-        ).logits.numpy()
+    return model(
+        torch.tensor(tokens_BL),
+        position_ids=torch.tensor(positions_BL),
+        attention_mask=masks,
+        use_cache=False,
+    ).logits
 
 
 @functools.lru_cache(maxsize=2)
@@ -169,7 +179,7 @@ def _run(config):
 
 def compare(architecture: str, encoding: str, directory) -> dict:
     """{"difference": by input, "top1": whether the likeliest token is the same everywhere}."""
-    import dataclasses
+    import torch
 
     from lrjax.checkpoints import huggingface
     from lrjax.models.llama import model_angles
@@ -186,11 +196,66 @@ def compare(architecture: str, encoding: str, directory) -> dict:
     for name, (tokens_BL, positions_BL, segments_BL) in inputs().items():
         angles = model_angles(config, positions_BL)
         ours = np.asarray(_run(plain)(params, tokens_BL, angles, segments_BL))
-        theirs = their_logits(model, tokens_BL, positions_BL, segments_BL)
+        with torch.no_grad():
+            theirs = their_logits(model, tokens_BL, positions_BL, segments_BL).numpy()
         differences[name] = float(np.abs(ours - theirs).max())
         # Where the likeliest token differs, the two candidates have to be tied within the tolerance.
         top1 = top1 and bool((ours.argmax(-1) == theirs.argmax(-1)).all())
     return {"difference": differences, "top1": top1}
+
+
+def compare_gradients(architecture: str, directory) -> dict:
+    """{input: {tensor: relative error}} of the gradient of the mean cross-entropy of the next token.
+
+    The error of a tensor is the norm of the difference over the norm of torch's gradient. The names are the file's.
+    """
+    import torch
+
+    from lrjax.checkpoints import families, huggingface
+    from lrjax.checkpoints.tensors import scatter
+    from lrjax.models import head
+    from lrjax.models.llama import Llama
+
+    model = make_model(architecture, GRADIENTS[architecture])
+    model.save_pretrained(directory)
+    config, params = huggingface.load(directory)
+    config = dataclasses.replace(config, dtype="float32")
+    names = families.tensor_names(config)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, tokens_BL, positions_BL, segments_BL):
+        x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segments_BL)
+        weights_BL = np.ones(tokens_BL[:, 1:].shape, np.float32)
+        loss = head.weighted_cross_entropy(params, x_BLD[:, :-1], tokens_BL[:, 1:], weights_BL)[0]
+        return loss / weights_BL.size
+
+    errors = {}
+    for name, (tokens_BL, positions_BL, segments_BL) in inputs().items():
+        model.zero_grad()
+        logits_BLV = their_logits(model, tokens_BL, positions_BL, segments_BL)[:, :-1]
+        targets_N = torch.tensor(tokens_BL[:, 1:]).flatten()
+        torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets_N).backward()
+        theirs = {key: value.grad.numpy() for key, value in model.named_parameters()}
+        ours = scatter(
+            config, jax.device_get(gradient(params, tokens_BL, positions_BL, segments_BL))
+        )
+        errors[name] = {
+            key: float(
+                np.linalg.norm(np.concatenate([ours[slot].all() for slot in slots]) - theirs[key])
+                / np.linalg.norm(theirs[key])
+            )
+            for key, slots in names.items()
+        }
+    return errors
+
+
+def gradient_table(results: dict) -> str:
+    lines = ["| architecture, encoding | plain | random | packed |", "|---|---|---|---|"]
+    for architecture, errors in results.items():
+        worst = " | ".join(f"{max(tensors.values()):.1e}" for tensors in errors.values())
+        lines.append(f"| {architecture}, {GRADIENTS[architecture]} | {worst} |")
+    return "\n".join(lines)
 
 
 def table(results: dict) -> str:
@@ -220,11 +285,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             results[cell] = compare(*cell, directory)
         print(*cell, results[cell], flush=True)
-    print(table(results))
+    gradients = {}
+    for architecture in GRADIENTS:
+        with tempfile.TemporaryDirectory() as directory:
+            gradients[architecture] = compare_gradients(architecture, directory)
+    print(table(results), gradient_table(gradients), sep="\n\n")
     if out is not None:
-        text = out.read_text()
-        before, rest = text.split(BEGIN)
-        out.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")
+        text = replaced(out.read_text(), BEGIN, END, table(results))
+        text = replaced(text, GRADIENTS_BEGIN, GRADIENTS_END, gradient_table(gradients))
+        out.write_text(text)
+
+
+def replaced(text: str, begin: str, end: str, content: str) -> str:
+    """The text with what stands between two marks replaced."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

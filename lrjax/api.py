@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lrjax.checkpoints import huggingface, loading, orbax
+from lrjax.checkpoints.card import model_card
 from lrjax.data.tokenizers import check_ids, load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import generate
@@ -40,6 +41,7 @@ def load(source, dtype: str = "float32") -> "Model":
         dataclasses.replace(config, dtype=dtype),
         params,
         None if tokenizer is None else load_tokenizer(tokenizer),
+        str(source),
     )
 
 
@@ -50,6 +52,7 @@ class Model:
     config: LlamaConfig
     params: dict
     tokenizer: object = None
+    origin: str | None = None  # where it was read from, for the card of an export
 
     def logits(self, tokens_BL, positions_BL=None, segment_ids_BL=None) -> Float[Array, "B L V"]:
         """Next-token logits, float32. Positions default to the index, segment ids to one document."""
@@ -85,16 +88,17 @@ class Model:
         out = generate(
             self.config, self.params, ids, max_new_tokens, temperature=temperature, top_p=top_p,
             stop=stopped if texts and stop else None,
-            eos_id=None if self.tokenizer is None else self.tokenizer.eos_id,
+            eos_id=None if self.tokenizer is None else self.tokenizer.end_ids or None,
             rng=jax.random.key(seed),
         )  # fmt: skip
         return [before_stop(self.tokenizer.decode(row), stop) for row in out] if texts else out
 
     def save(self, path, format: str = "orbax") -> None:
-        """Writes the model: "hf" (config.json, safetensors, tokenizer) or "orbax" (an lrjax model)."""
+        """Writes the model: "hf" (config.json, safetensors, tokenizer, model card) or "orbax" (an lrjax model)."""
         path = pathlib.Path(path)
         if format == "hf":
-            huggingface.save(path, self.config, self.params, self.tokenizer)
+            card = model_card(self.config, self.origin)
+            huggingface.save(path, self.config, self.params, self.tokenizer, card=card)
         elif format == "orbax":
             orbax.save_model(path, self.config, self.params)
         else:

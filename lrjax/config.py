@@ -121,6 +121,9 @@ def default() -> ConfigDict:
             "attention_factor": 0.0,  # 0: the encoding's own
             "beta_fast": 32.0,
             "beta_slow": 1.0,
+            "mscale": 0.0,  # yarn, both: attention factor of DeepSeek's form; 0: not
+            "mscale_all_dim": 0.0,
+            "truncate": True,  # yarn: the ramp begins and ends at whole dimensions
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "short_factor": (),  # longrope: a number for each pair of rotated dimensions
@@ -294,7 +297,8 @@ def target_scaling(config) -> RopeScaling:
     given["original_max_position_embeddings"] = (
         given["original_max_position_embeddings"] or config.window
     )
-    given["attention_factor"] = given["attention_factor"] or None
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        given[name] = given[name] or None
     read = ROPE_TYPES[given["rope_type"]]
     try:
         return RopeScaling(

@@ -1,12 +1,12 @@
 """Converts a checkpoint: `python -m lrjax.convert SOURCE DEST [--to=hf|orbax] [--dtype=stored|float32|...]`.
 
 SOURCE is what `lrjax.load` takes. A Hugging Face directory or GGUF file becomes a Hugging Face directory tensor by
-tensor, and a call that was stopped goes on after the shards it finished. DEST appears whole or not at all: until
-then the work is in DEST.partial. A mistake ends with one line on standard error and exit code 2.
+tensor, and a call that was stopped goes on after the shards it finished; an Orbax model is written in one go, and a
+call that was stopped begins anew. DEST appears whole or not at all: until then the work is in DEST.partial. A mistake
+ends with one line on standard error and exit code 2.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from rich import progress as rich_progress
 
 from lrjax.checkpoints import families, gguf, huggingface, loading, orbax
+from lrjax.checkpoints.card import model_card
 from lrjax.checkpoints.tensors import Stored, scatter
 from lrjax.command import ProgramFlags, run_program
+from lrjax.data.generation import read_generation
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
-_SOURCE_FILE = "source.json"  # in DEST.partial: what its shards were made of
 
 _FLAGS = ProgramFlags()
 _TO = _FLAGS.DEFINE_enum("to", "hf", ("hf", "orbax"), "What to write.")
@@ -47,7 +48,7 @@ def convert(source, dest, to: str = "hf", dtype: str = "stored", progress=None) 
         source = gguf.packaged_smollm2()
     partial = dest.with_name(dest.name + ".partial")
     if to == "orbax":
-        config, params, tokenizer = loading.load(source, dtype=dtype)
+        config, params, tokenizer = loading.load(source, dtype=dtype, progress=progress)
         shutil.rmtree(partial, ignore_errors=True)
         orbax.save_model(partial, config, params, about={"converted_from": str(source)})
         if tokenizer is not None:
@@ -59,11 +60,24 @@ def convert(source, dest, to: str = "hf", dtype: str = "stored", progress=None) 
             stored = {slot: _cast(tensor, jnp.dtype(dtype)) for slot, tensor in stored.items()}
         kinds = {str(tensor.dtype) for tensor in stored.values() if len(tensor.shape) == 2}
         raw = families.write_config(config, sorted(kinds)[0])
-        _claim(partial, {"source": _fingerprint(source), "dtype": dtype})
+        path = pathlib.Path(source)
         huggingface.write_model(
-            dest, config, raw, stored, tokenizer, resume=True, progress=progress
-        )
-        (dest / _SOURCE_FILE).unlink(missing_ok=True)
+            dest, config, raw, stored, tokenizer, card=_card(config, path), progress=progress,
+            generation=read_generation(path) if _is_hf(path) else None,
+            source={"files": _fingerprint(path), "dtype": dtype},
+        )  # fmt: skip
+
+
+def _is_hf(path: pathlib.Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+
+
+def _card(config, path: pathlib.Path) -> str:
+    """A model's own card goes along with it; one without gets one."""
+    own = path / "README.md"
+    if _is_hf(path) and own.is_file():
+        return own.read_text(encoding="utf-8")
+    return model_card(config, path)
 
 
 @contextlib.contextmanager
@@ -71,7 +85,7 @@ def _open(path: pathlib.Path):
     """(config, stored tensors, tokenizer) of any source, read when asked for where the format lets it."""
     if path.suffix == ".gguf":
         yield (*gguf.open_model(path), path)
-    elif (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+    elif _is_hf(path):
         with huggingface.open_model(path) as (config, stored):
             has = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
             yield config, stored, path if has else None
@@ -89,14 +103,6 @@ def _fingerprint(source) -> list:
     path = pathlib.Path(source).absolute()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _claim(partial: pathlib.Path, content: dict) -> None:
-    file = partial / _SOURCE_FILE
-    if not file.is_file() or json.loads(file.read_text()) != content:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        file.write_text(json.dumps(content))
 
 
 def main(argv) -> None:

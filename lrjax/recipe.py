@@ -27,7 +27,7 @@ from absl import logging
 from lrjax import assessment, examples, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
-from lrjax.checkpoints import loading, orbax
+from lrjax.checkpoints import families, loading, orbax
 from lrjax.data.records import write_records
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
@@ -118,6 +118,8 @@ def import_base(config, workdir):
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.source!r} "
                 f"{model_config.vocab_size}; allowed: at most the model's"
             )
+        # What a config.json of the family cannot say is to be known now, not when the model is exported.
+        families.write_config(config_lib.extended_model(config, model_config), "float32")
         orbax.save_model(checkpoint(workdir, "base"), model_config, params)
         return None
     return _pretrain(config, workdir, tokenizer)

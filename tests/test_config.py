@@ -1,6 +1,7 @@
 """Every config in the repository is instantiated, checked, and its training step traced for shapes."""
 
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lrjax import config as config_lib
+from lrjax.checkpoints import families
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig, abstract_params
 from lrjax.training.loop import make_train_step
@@ -123,6 +125,40 @@ def test_any_rope_scaling_can_be_the_target():
         config.rope_scaling.rope_type = "ntk"
         with pytest.raises(UserError, match=r"rope_scaling\.rope_type 'ntk': allowed: default"):
             config_lib.check(config)
+
+
+TARGETS = {
+    "default": {},
+    "linear": {},
+    "dynamic": {},
+    "yarn": {"mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 16.0},
+    "llama3": {"low_freq_factor": 2.0, "high_freq_factor": 8.0},
+    "longrope": {"short_factor": (1.0,) * 64, "long_factor": (4.5,) * 64, "attention_factor": 1.2},
+}
+
+
+@pytest.mark.parametrize("rope_type", TARGETS)
+def test_every_encoding_is_a_target_that_config_json_keeps(rope_type):
+    """Asked for in a config, written out and read back, here and by transformers; the original window is the base's."""
+    transformers = pytest.importorskip("transformers")
+    config = get_config(pathlib.Path("configs/llama8b_128k.py").absolute())
+    with config.unlocked():
+        config.rope_scaling.update(rope_type=rope_type, **TARGETS[rope_type])
+    config_lib.check(config)
+    extended = config_lib.extended_model(config, LlamaConfig(**config.model.shape))
+    raw = families.write_config(extended, "bfloat16")
+    again = families.read_config(json.loads(json.dumps(raw)))
+    assert again.rope_scaling == extended.rope_scaling
+    assert (again.rope_theta, again.max_position_embeddings) == (extended.rope_theta, 131072)
+    theirs = transformers.LlamaConfig.from_dict(raw).rope_parameters
+    assert theirs["rope_type"] == rope_type and theirs["rope_theta"] == extended.rope_theta
+    for name, value in TARGETS[rope_type].items():
+        assert getattr(extended.rope_scaling, name) == value
+        assert theirs[name] == (list(value) if isinstance(value, tuple) else value)
+    if rope_type != "default":
+        assert theirs["factor"] == 16
+    if rope_type in ("yarn", "llama3", "longrope"):
+        assert theirs["original_max_position_embeddings"] == 8192
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from lrjax.checkpoints import huggingface
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models import head, llama
+from lrjax.sharding import make_mesh
+from lrjax.training.state import shardings_of
 
 TINY = llama.LlamaConfig(
     vocab_size=300,
@@ -204,6 +206,37 @@ def test_all_tensors_that_do_not_fit_are_named(saved):
     ):
         assert part in message
     assert "inv_freq" not in message
+
+
+def test_import_into_sharded_arrays_is_the_same(tmp_path):
+    """Each device reads its part of a tensor; q, k, v, o and the MLP are split on two axes."""
+    params = random_params(TINY)
+    huggingface.save(tmp_path / "model", TINY, params)
+    mesh = make_mesh({"data": 1, "fsdp": 2, "context": 1, "tensor": 2}, jax.devices()[:4])
+    _, placed = huggingface.load(
+        tmp_path / "model",
+        shardings=lambda config: shardings_of(llama.abstract_params(config), mesh),
+    )
+    assert_same_bits(jax.device_get(placed), params)
+    for leaf, sharding in zip(
+        jax.tree.leaves(placed), jax.tree.leaves(shardings_of(params, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_a_second_head_of_a_tied_model_has_to_be_the_embedding(tmp_path):
+    config = dataclasses.replace(TINY, tie_embeddings=True)
+    huggingface.save(tmp_path / "model", config, random_params(config))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    head_VD = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD}, file)
+    assert "head" not in huggingface.load(tmp_path / "model")[1]
+    head_VD[-1, -1] += 1
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD}, file)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path / "model")
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": head_VD[:-1]}, file)
+    assert "lm_head.weight is not part of the model" in refusal(tmp_path / "model")
 
 
 def test_unknown_dtype_is_named(saved):

@@ -32,3 +32,12 @@ def test_logits_are_those_of_transformers(tmp_path, architecture, encoding):
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert written["model_type"] == config.family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", parity.GRADIENTS)
+def test_gradients_of_the_loss_are_those_of_torch(tmp_path, architecture):
+    """Every tensor's, at plain, at random increasing positions and on packed segments."""
+    for name, errors in parity.compare_gradients(architecture, tmp_path).items():
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= parity.GRADIENT_TOLERANCE, (name, worst, errors[worst])

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import shutil
 import time
 
 import numpy as np
@@ -170,6 +171,155 @@ def test_sentencepiece_pieces_and_chat_template(sentencepiece_file, tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     texts = tokenizer.token_texts()
     assert "".join(texts[i] for i in tokenizer.encode("the cat")) == " the cat"
+
+
+@pytest.fixture(scope="module")
+def with_special_tokens(tmp_path_factory):
+    """A directory as Llama 2's and Mistral's: a sentencepiece model, control and added tokens."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "the cat sat on the mat", "a dog was here and there"] * 9),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=["<usr>"],
+        control_symbols=["[INST]"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    directory = tmp_path_factory.mktemp("special")
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
+
+
+SPECIAL_TEXTS = (
+    TEXT,
+    "<s>the cat",
+    "<s>the cat [INST]the mat[INST]a dog</s>the",
+    "the <usr>cat<unk>the",
+    "<usr>",
+    "<|im_start|>user\nthe cat<|im_end|>\n  <|im_start|>the",
+    "</s></s>a  b ",
+)
+
+
+def special_config(directory, **changes):
+    added = {340: "<|im_start|>", 341: "<|im_end|>"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "added_tokens_decoder": {
+            str(i): {"content": text, "special": True, "normalized": False, "rstrip": i == 341}
+            for i, text in added.items()
+        },
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"legacy": True}, {"legacy": False, "add_prefix_space": False}]
+)
+def test_special_tokens_of_sentencepiece_are_those_of_transformers(with_special_tokens, changes):
+    """In texts whose parts do not begin with a space: there transformers 5 leaves the prefix out, and sentencepiece
+
+    itself, Meta's Llama and the published tokenizer.json do not.
+    """
+    import transformers
+
+    ours = special_config(with_special_tokens, **changes)
+    theirs = transformers.AutoTokenizer.from_pretrained(with_special_tokens)
+    for text in SPECIAL_TEXTS:
+        ids = ours.encode(text).tolist()
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids), text
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id) == (1, 341)
+    assert ours.vocab_size == len(theirs) == 342
+    assert ours.opening_ids() == theirs("the")["input_ids"][:1]
+    assert ours.special_tokens == theirs.special_tokens_map
+
+
+def test_special_tokens_of_sentencepiece_are_saved_and_have_their_spans(
+    with_special_tokens, tmp_path
+):
+    tokenizer = special_config(with_special_tokens)
+    text = "<s>the  cat<|im_end|> \n[INST]日 dog"
+    ids_L, spans_L2 = tokenizer.encode_with_offsets(text)
+    texts = tokenizer.token_texts()
+    for token, span in ((1, "<s>"), (341, "<|im_end|> \n"), (3, "[INST]")):
+        start, end = spans_L2[ids_L.tolist().index(token)]
+        assert text[start:end] == span
+        assert texts[token] == span.strip()
+    assert np.all(np.diff(spans_L2[:, 0]) >= 0) and spans_L2[-1, 1] == len(text)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    np.testing.assert_array_equal(again.encode(text), ids_L)
+    assert again.token_texts() == texts and again.eos_id == 341
+    with pytest.raises(UserError, match=r"eos_token '<\|im_end\|>' is not in the vocabulary"):
+        special_config(tmp_path, added_tokens_decoder={})
+
+
+def test_added_tokens_of_old_directories_are_read(with_special_tokens, tmp_path):
+    shutil.copy(with_special_tokens / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 340}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (340, 1, 341)
+    assert tokenizer.encode("the<|im_end|>")[-1] == 340
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_in_a_gguf_is_the_same_model(with_special_tokens, tmp_path, space):
+    import gguf as gguf_format
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(with_special_tokens / "tokenizer.model")
+    )
+    kinds = [model.is_unknown, model.is_control, model.is_byte]
+    numbers = [2, 3, 6]  # GGUF's
+    pieces = range(model.vocab_size())
+    writer = gguf_format.GGUFWriter(tmp_path / "sp.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([model.id_to_piece(i) for i in pieces])
+    writer.add_token_scores([model.get_score(i) for i in pieces])
+    writer.add_token_types(
+        [
+            4 if model.id_to_piece(i) == "<usr>"
+            else next((n for kind, n in zip(kinds, numbers, strict=True) if kind(i)), 1)
+            for i in pieces
+        ]
+    )  # fmt: skip
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(space)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(tmp_path / "sp.gguf")
+    config = {"legacy": True, "add_prefix_space": space, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(with_special_tokens / "tokenizer.model", tmp_path)
+    original = load_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer.save(tmp_path / "saved")
+    for text in (*SPECIAL_TEXTS, " the", "the cat  was\there"):
+        expected = original.encode(text)
+        np.testing.assert_array_equal(tokenizer.encode(text), expected)
+        np.testing.assert_array_equal(load_tokenizer(tmp_path / "saved").encode(text), expected)
+        assert tokenizer.decode(expected) == original.decode(expected)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2) and tokenizer.opening_ids() == [1]
+    assert tokenizer.token_texts() == original.token_texts()
 
 
 def test_a_published_tokenizer_json_is_read_without_its_padding(tmp_path):

@@ -18,10 +18,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from lrjax.checkpoints import families
+from lrjax.checkpoints.streamed_output import Output, safetensors_layout
+from lrjax.checkpoints.streaming import Tensor
 from lrjax.checkpoints.tensors import Slot, Stored, check, gather, scatter, slots
+from lrjax.data.generation import GENERATION_FILE
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig
@@ -31,6 +33,9 @@ _NO_WEIGHT = (
 )
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _SHARD_BYTES = 5 * 10**9
+_COMPARED_ROWS = 4096
+_SOURCE_FILE = "source.json"  # in NAME.partial: what its shards were made of
+_TOKENS = ("bos_token_id", "eos_token_id")  # also in config.json
 
 
 def load(directory: str | Path, **how) -> tuple[LlamaConfig, dict]:
@@ -71,9 +76,7 @@ def open_model(directory: str | Path):
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
             for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if name.endswith(_NO_WEIGHT) or (
-                    config.tie_embeddings and name == "lm_head.weight"
-                ):
+                if name.endswith(_NO_WEIGHT):
                     continue
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES:
@@ -86,6 +89,8 @@ def open_model(directory: str | Path):
         expected = {
             name: _joined_shape([shapes[s] for s in parts]) for name, parts in names.items()
         }
+        if config.tie_embeddings:
+            _drop_tied_head(found, directory)
         check(expected, {name: tensor.shape for name, tensor in found.items()}, str(directory))
         stored = {}
         for name, parts in names.items():
@@ -94,6 +99,22 @@ def open_model(directory: str | Path):
                 stored[slot] = _rows(found[name], start, shapes[slot])
                 start += shapes[slot][0]
         yield config, stored
+
+
+def _drop_tied_head(found: dict[str, Stored], directory: Path) -> None:
+    """A tied model may have its head in the file once more, but no other head: one of the two would be lost."""
+    head, embedding = (found.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or embedding is None or embedding.shape != head.shape:
+        return  # what does not fit is named by `check`
+    count = head.shape[0]
+    for start in range(0, count, _COMPARED_ROWS):
+        rows = (slice(start, min(start + _COMPARED_ROWS, count)), slice(None))
+        if not np.array_equal(head.read(rows), embedding.read(rows)):
+            raise UserError(
+                f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false in config.json to keep the head, or remove the tensor"
+            )
+    del found["lm_head.weight"]
 
 
 def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -148,31 +169,51 @@ def write_model(
     stored: Mapping[Slot, Stored],
     tokenizer=None,
     *,
+    generation: Mapping | None = None,
     card: str | None = None,
-    resume: bool = False,
+    source: dict | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes config.json `raw`, the tensors and the rest beside `directory`, then renames it to that.
 
-    With `resume`, shards that an earlier, interrupted call finished from the same source are kept.
+    Args:
+        generation: the content of generation_config.json; None: what the tokenizer brings.
+        source: what identifies the tensors (plain values). Shards that an earlier, interrupted call finished
+            from the same source are kept; None: nothing is.
+        progress: called with (bytes done, bytes in all) after each tensor.
     """
     # Built beside its place and then renamed, so that nobody meets half of it.
     directory = _new(directory)
     partial = directory.with_name(directory.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
+    _claim(partial, source)
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         loaded.save(partial)
-        raw = raw | {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
-        generation = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
-        _write_json(partial / "generation_config.json", generation)
+        own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        generation = own | dict(loaded.generation if generation is None else generation)
+    if generation:
+        raw = raw | {name: generation[name] for name in generation if name in _TOKENS}
+        _write_json(partial / GENERATION_FILE, dict(generation))
     if card is not None:
         (partial / "README.md").write_text(card, encoding="utf-8")
     _write_json(partial / "config.json", raw)
     _write_weights(partial, families.tensor_names(config), stored, progress)
+    # Gone before the rename: whoever is stopped between the two begins anew, and no trace of it is ever in a result.
+    (partial / _SOURCE_FILE).unlink(missing_ok=True)
     os.replace(partial, directory)
+
+
+def _claim(partial: Path, source: dict | None) -> None:
+    """Keeps what was made there of the same source, removes everything else."""
+    file = partial / _SOURCE_FILE
+    if source is not None and file.is_file() and file.read_text() == json.dumps(source):
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if source is not None:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(source))
+        os.replace(temporary, file)
 
 
 def _new(directory: str | Path) -> Path:
@@ -195,7 +236,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _write_weights(directory: Path, names, stored: Mapping[Slot, Stored], progress) -> None:
-    """safetensors of at most `_SHARD_BYTES` each, so that no second copy of the model is in memory."""
+    """safetensors of at most `_SHARD_BYTES` each, a tensor in memory at a time."""
     sizes = {
         name: sum(math.prod(stored[s].shape) * stored[s].dtype.itemsize for s in parts)
         for name, parts in names.items()
@@ -209,24 +250,35 @@ def _write_weights(directory: Path, names, stored: Mapping[Slot, Stored], progre
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = directory / ("model.safetensors" if len(shards) == 1 else file)
-        if not path.exists():
-            tensors = {name: _joined([stored[slot] for slot in names[name]]) for name in shard}
+        whole = path.exists()
+        if not whole:
             unfinished = path.with_suffix(".unfinished")
-            # transformers refuses files that do not say what wrote them.
-            safetensors.numpy.save_file(tensors, unfinished, metadata={"format": "pt"})
+            layout = safetensors_layout(
+                {unfinished.name: {name: _described([stored[s] for s in names[name]]) for name in shard}}
+            )  # fmt: skip
+            output = Output(directory, layout)
+        for name in shard:
+            if not whole:
+                start = 0
+                for slot in names[name]:
+                    part = np.ascontiguousarray(stored[slot].all()).reshape(-1)
+                    output.write(name, start, part)
+                    start += part.size
+            done += sizes[name]
+            if progress:
+                progress(done, total)
+        if not whole:
+            output.sync()  # a shard under its own name is on the disk, whatever happens then
             os.replace(unfinished, path)
         weight_map |= dict.fromkeys(shard, path.name)
-        done += sum(sizes[name] for name in shard)
-        if progress:
-            progress(done, total)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _joined(parts: list[Stored]) -> np.ndarray:
-    values = [part.all() for part in parts]
-    return values[0] if len(values) == 1 else np.concatenate(values)
+def _described(parts: list[Stored]) -> Tensor:
+    """The tensor that parts make one after the other along their rows."""
+    return Tensor(_joined_shape([part.shape for part in parts]), parts[0].dtype)
 
 
 def _read_json(path: Path) -> dict:

@@ -13,12 +13,13 @@ from lrjax.errors import UserError
 FINISHED = ("merged", "replayed", "base")
 
 
-def load(source, *, dtype: str = "float32", shardings=None):
+def load(source, *, dtype: str = "float32", shardings=None, progress=None):
     """Reads the model at `source`.
 
     Args:
         dtype: of the parameters, or "stored"; an lrjax model keeps its own.
         shardings: a function from the `LlamaConfig` to a tree of shardings; None: the first device.
+        progress: called with (bytes read, bytes in all) after each tensor; an lrjax model is read in one go.
 
     Returns:
         `(LlamaConfig, params, tokenizer)`; the tokenizer as `data.tokenizers.load_tokenizer` takes it, None when
@@ -30,8 +31,9 @@ def load(source, *, dtype: str = "float32", shardings=None):
     if str(source) == "smollm2":
         source = gguf.packaged_smollm2()
     path = pathlib.Path(source)
+    how = {"dtype": dtype, "shardings": shardings, "progress": progress}
     if path.suffix == ".gguf":
-        return (*gguf.load(path, dtype=dtype, shardings=shardings), path)
+        return (*gguf.load(path, **how), path)
     if orbax.is_model(path):
         of_model = None if shardings is None else shardings(orbax.load_config(path))
         return (*orbax.load_model(path, of_model), _tokenizer_of(path))
@@ -41,7 +43,7 @@ def load(source, *, dtype: str = "float32", shardings=None):
                 return load(path / "checkpoints" / name, dtype=dtype, shardings=shardings)
         raise UserError(f"{source}: a run without a finished model yet")
     if (path / "config.json").is_file():
-        return (*huggingface.load(path, dtype=dtype, shardings=shardings), path)
+        return (*huggingface.load(path, **how), path)
     raise UserError(
         f"{source}: no checkpoint there; allowed: a Hugging Face directory, a .gguf file, an lrjax model, "
         "the workdir of a run, or smollm2"

@@ -4,8 +4,9 @@
     ids_L, spans_L2 = tokenizer.encode_with_offsets(text)
 
 Nothing outside this module knows a token id: sentences are mapped to tokens by character spans,
-token classes are read off `token_texts()`. Byte, GGUF and Hugging Face tokenizers all become one
-`tokenizers.Tokenizer`; sentencepiece keeps its own library.
+token classes are read off `token_texts()`. Byte and Hugging Face tokenizers, and GGUF's byte-pair ones, are a
+`tokenizers.Tokenizer` (`JsonTokenizer`); sentencepiece, GGUF's included, keeps its own library
+(`sentencepiece_tokenizer.py`).
 """
 
 import abc
@@ -15,19 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 
+from lrjax.data import chat
+from lrjax.data.generation import GENERATION_FILE, read_generation
 from lrjax.errors import UserError
 
-# How text is cut before byte-pair merging, by a GGUF's `tokenizer.ggml.pre` as llama.cpp reads it.
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_GGUF_PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-}
-_GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
 _KNOWN_DECODERS = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 _WORD_START = "\u2581"  # sentencepiece writes a space as this character
+SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
 
 
 class Tokenizer(abc.ABC):
@@ -37,14 +36,48 @@ class Tokenizer(abc.ABC):
     eos_id: int | None  # None where the tokenizer names no such token
     bos_id: int | None
     config: dict  # the content of tokenizer_config.json
+    generation: dict = {}  # noqa: RUF012 - what generation_config.json beside it says; never changed in place
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The Jinja chat templates by name; the only one, or the usual one, is "default"."""
+        return chat.named(self.config.get("chat_template"), "tokenizer_config.json")
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja chat template (the one named "default" where there are several) or None."""
-        template = self.config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+        """The template named "default", or None."""
+        return self.chat_templates.get(chat.DEFAULT)
+
+    def chat(
+        self, messages, add_generation_prompt: bool = True, *, template: str = chat.DEFAULT,
+        tools=None, **variables,
+    ) -> str:  # fmt: skip
+        """A conversation as the text that the model was trained on, its own bos included where it writes one.
+
+        `encode` takes it as it is; nothing is to be put before it. Arguments as `data.chat.render` takes them.
+
+        Args:
+            template: the name of one of `chat_templates`.
+
+        Raises:
+            UserError: there is no such template, or it refuses the messages.
+        """
+        if template not in self.chat_templates:
+            have = ", ".join(self.chat_templates) or "none"
+            raise UserError(
+                f"the tokenizer has no chat template {template!r}; it has: {have} (looked for in "
+                "tokenizer_config.json, chat_template.jinja, chat_template.json, a GGUF's metadata)"
+            )
+        return chat.render(
+            self.chat_templates[template], messages, self.special_tokens,
+            add_generation_prompt=add_generation_prompt, tools=tools, **variables,
+        )  # fmt: skip
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """ "bos_token", "eos_token", "pad_token", ... with their texts, where the tokenizer names them."""
+        named = {name: token_text(self.config.get(name)) for name in SPECIAL_TOKENS}
+        return {name: text for name, text in named.items() if text is not None}
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [L]; nothing is added to the text's own tokens."""
@@ -102,9 +135,21 @@ class Tokenizer(abc.ABC):
     def save(self, directory: str | Path) -> None:
         """Write the files that `load_tokenizer(directory)` makes the same tokenizer of."""
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token that ends an answer: those of generation_config.json, and the tokenizer's own."""
+        listed = self.generation.get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        return [i for i in dict.fromkeys([*listed, self.eos_id]) if i is not None]
+
     def _save_config(self, directory: Path) -> None:
-        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", self.config),
+            (GENERATION_FILE, self.generation),
+        ):
+            if content or content is self.config:
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (directory / name).write_text(text, encoding="utf-8")
 
 
 class JsonTokenizer(Tokenizer):
@@ -122,8 +167,7 @@ class JsonTokenizer(Tokenizer):
         )
 
     def _id_of(self, token: str | dict | None, name: str, where: str) -> int | None:
-        content = token["content"] if isinstance(token, dict) else token
-        if content is None:
+        if (content := token_text(token)) is None:
             return None
         if (index := self._backend.token_to_id(content)) is None:
             raise UserError(f"{where}: {name} {content!r} is not in the vocabulary")
@@ -148,7 +192,7 @@ class JsonTokenizer(Tokenizer):
                 f"token texts of the decoder {', '.join(sorted(unknown))} are not known; "
                 f"known are {', '.join(sorted(_KNOWN_DECODERS))}"
             )
-        surface = _byte_level_text if "ByteLevel" in kinds else _piece_text
+        surface = _byte_level_text if "ByteLevel" in kinds else piece_text
         added = self._backend.get_added_tokens_decoder()
         texts = [""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
@@ -162,55 +206,11 @@ class JsonTokenizer(Tokenizer):
         self._save_config(directory)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model (tokenizer.model)."""
-
-    def __init__(self, path: Path, config: dict):
-        import sentencepiece
-
-        try:
-            self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise _unreadable(path, "a sentencepiece model", error) from error
-        self.config = config
-        self.vocab_size = self._backend.vocab_size()
-        # sentencepiece says -1 for a token the model does without.
-        eos_id, bos_id = self._backend.eos_id(), self._backend.bos_id()
-        self.eos_id = eos_id if eos_id >= 0 else None
-        self.bos_id = bos_id if bos_id >= 0 else None
-
-    def _encode(self, text):
-        mapping = self._backend.encode(text, return_type="offset_mapping")
-        spans_L2 = np.asarray(mapping["offsets"], np.int64).reshape(-1, 2)
-        # Of a character's byte pieces only the last has its span, the others are empty:
-        # all get the same end.
-        starts_L, ends_L = spans_L2.T
-        ends_L = np.where(starts_L < ends_L, ends_L, len(text))
-        ends_L = np.minimum.accumulate(ends_L[::-1])[::-1]
-        return mapping["ids"], np.stack([starts_L, ends_L], axis=1)
-
-    def _decode(self, ids):
-        return self._backend.decode(ids)
-
-    def opening_ids(self):
-        adds = self.config.get("add_bos_token", True)  # sentencepiece models are used with it
-        return [self.bos_id] if adds and self.bos_id is not None else []
-
-    def token_texts(self):
-        return [_piece_text(self._backend.id_to_piece(i)) for i in range(self.vocab_size)]
-
-    def save(self, directory):
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(self._backend.serialized_model_proto())
-        self._save_config(directory)
-
-
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer of "bytes", a directory, or a .json, .model (sentencepiece) or .gguf file.
 
-    The end and beginning tokens and the chat template come from tokenizer_config.json (and
-    chat_template.jinja) in the same directory, or from the GGUF itself.
+    Special tokens and chat templates come from tokenizer_config.json and the files that transformers writes beside
+    it, or from the GGUF itself; the settings for generation from a directory's generation_config.json.
 
     Raises:
         UserError: nothing of the kind there, or it cannot be read.
@@ -221,7 +221,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
-                return load_tokenizer(path / name)
+                tokenizer = load_tokenizer(path / name)
+                tokenizer.generation = read_generation(path)
+                return tokenizer
         raise UserError(
             f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this directory"
         )
@@ -234,12 +236,16 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise _unreadable(path, "a tokenizer", error) from error
+            raise unreadable(path, "a tokenizer", error) from error
         return JsonTokenizer(backend, _read_config(path.parent), str(path))
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, _read_config(path.parent))
+        from lrjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(path.read_bytes(), _read_config(path.parent), str(path))
     if path.suffix == ".gguf":
-        return _gguf_tokenizer(path)
+        from lrjax.data.gguf_tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(path)
     raise UserError(f"tokenizer {path}: the file must end with .json, .model or .gguf")
 
 
@@ -252,7 +258,7 @@ def byte_tokenizer() -> JsonTokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return JsonTokenizer(backend, _new_config({"eos_token": "<eos>"}), "bytes")
+    return JsonTokenizer(backend, new_config({"eos_token": "<eos>"}), "bytes")
 
 
 def check_ids(ids, vocab_size: int, where: str) -> None:
@@ -277,72 +283,49 @@ def check_ids(ids, vocab_size: int, where: str) -> None:
         )
 
 
-def _gguf_tokenizer(path: Path) -> JsonTokenizer:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise _unreadable(path, "a GGUF", error) from error
-
-    def field(name: str, default=None):
-        found = reader.get_field(name)
-        return default if found is None else found.contents()
-
-    for name, allowed in (
-        ("tokenizer.ggml.model", ["gpt2"]),
-        ("tokenizer.ggml.pre", sorted(_GGUF_PRE_TOKENIZERS)),
-    ):
-        if field(name) not in allowed:
-            raise UserError(f"{path}: {name} is {field(name)!r}; known are {', '.join(allowed)}")
-    tokens = field("tokenizer.ggml.tokens", [])
-    try:
-        model = models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges", [])],
-        )
-    except Exception as error:  # the library raises plain Exception
-        raise _unreadable(path, "a byte-pair vocabulary", error) from error
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _GGUF_PRE_TOKENIZERS[field("tokenizer.ggml.pre")]
-    backend.decoder = decoders.ByteLevel()
-    types = field("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, types, strict=False):
-        if kind in (_GGUF_CONTROL, _GGUF_USER_DEFINED):
-            special = kind == _GGUF_CONTROL
-            backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
-
-    config = {"chat_template": field("tokenizer.chat_template")}
-    for name, short in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        if (index := field(f"tokenizer.ggml.{name}_token_id")) is not None:
-            check_ids([index], len(tokens), f"{path}: tokenizer.ggml.{name}_token_id")
-            config[f"{short}_token"] = tokens[index]
-    if field("tokenizer.ggml.add_bos_token", False) and (bos := config.get("bos_token")):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
-        )
-    return JsonTokenizer(backend, _new_config(config), str(path))
-
-
-def _new_config(entries: dict) -> dict:
+def new_config(entries: dict) -> dict:
     """A tokenizer_config.json that transformers takes tokenizer.json as it stands with."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return config | {name: value for name, value in entries.items() if value is not None}
 
 
+def token_text(token: str | dict | None) -> str | None:
+    """A special token as tokenizer_config.json has it, a text or {"content", ...}, as a text."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def _read_config(directory: Path) -> dict:
-    config = {}
-    if (path := directory / "tokenizer_config.json").is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unreadable(path, "JSON", error) from error
-    if (path := directory / "chat_template.jinja").is_file():
-        config["chat_template"] = path.read_text(encoding="utf-8")
+    """tokenizer_config.json with what older and newer versions of transformers keep in files beside it."""
+    config = _read_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # as transformers 4.33 and before wrote them
+        for name, token in _read_object(directory / "special_tokens_map.json").items():
+            config.setdefault(name, token)
+        if added := _read_object(directory / "added_tokens.json"):
+            config["added_tokens_decoder"] = {
+                str(index): {"content": text} for text, index in added.items()
+            }
+    if templates := chat.read_templates(directory, config):
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
+        if list(templates) == [chat.DEFAULT]:
+            config["chat_template"] = templates[chat.DEFAULT]
     return config
 
 
-def _unreadable(path: Path, what: str, error: Exception) -> UserError:
+def _read_object(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, "JSON", error) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is expected")
+    return content
+
+
+def unreadable(path: Path | str, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"{path}: cannot be read as {what}: {reason}")
 
@@ -373,7 +356,7 @@ def _byte_level_text(token: str) -> str:
     return bytes(map(_byte_level_alphabet().__getitem__, token)).decode("utf-8", errors="replace")
 
 
-def _piece_text(piece: str) -> str:
+def piece_text(piece: str) -> str:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)]).decode("utf-8", errors="replace")
     return piece.replace(_WORD_START, " ")

@@ -167,10 +167,10 @@ class LrjaxLM(TemplateLM):
                     )
             rows = answers(
                 self.config, self.params, prompts, budget, batch_size=self._batch_size,
-                eos_id=self.tokenizer.eos_id, stop=self._stopper(until), **options,
+                eos_id=self.tokenizer.end_ids or None, stop=self._stopper(until), **options,
             )  # fmt: skip
             for place, row in rows:
-                if len(row) and row[-1] == self.tokenizer.eos_id:
+                if len(row) and row[-1] in self.tokenizer.end_ids:
                     row = row[:-1]
                 text = before_stop(self.tokenizer.decode(row), until)
                 found[members[place]] = text

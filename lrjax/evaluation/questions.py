@@ -52,7 +52,7 @@ Answerer = Callable[[Sequence[np.ndarray], int, Sequence[str]], Iterable[tuple[i
 def lrjax_answerer(
     config, params, tokenizer, *, batch_size: int = 1, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
 ) -> Answerer:  # fmt: skip
-    """A model as `ask` takes it: answers end at the tokenizer's end token or a stop string."""
+    """A model as `ask` takes it: answers end at one of the checkpoint's end tokens or a stop string."""
 
     def answer(prompts, max_new_tokens, stop):
         def stopped(ids):
@@ -61,11 +61,11 @@ def lrjax_answerer(
 
         rows = answers(
             config, params, prompts, max_new_tokens, batch_size=batch_size, temperature=temperature,
-            top_p=top_p, eos_id=tokenizer.eos_id, stop=stopped if stop else None,
+            top_p=top_p, eos_id=tokenizer.end_ids or None, stop=stopped if stop else None,
             rng=jax.random.key(seed) if temperature else None,
         )  # fmt: skip
         for index, row in rows:
-            if len(row) and row[-1] == tokenizer.eos_id:
+            if len(row) and row[-1] in tokenizer.end_ids:
                 row = row[:-1]
             yield index, before_stop(tokenizer.decode(row), stop)
 

@@ -160,7 +160,7 @@ def rope_angles(
         length_B11 = jnp.broadcast_to(length_B, positions_BL.shape[:1])[:, None, None]
         frequency = _frequency_by_length(rotary_dim, theta, scaling, length_B11)
     else:
-        frequency = _frequency(rotary_dim, theta, scaling)
+        frequency = frequencies(rotary_dim, theta, scaling)
     angles_BLh = positions_BL.astype(jnp.float32)[..., None] * frequency
     scale = scaling.attention_scale()
     return jnp.cos(angles_BLh) * scale, jnp.sin(angles_BLh) * scale
@@ -196,7 +196,7 @@ def _plain_frequency(rotary_dim: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta ** exponent_h.astype(np.float64)).astype(np.float32)
 
 
-def _frequency(rotary_dim: int, theta: float, s: RopeScaling) -> np.ndarray:
+def frequencies(rotary_dim: int, theta: float, s: RopeScaling) -> np.ndarray:
     """Radians per position, float32 [h], of the encodings that do not look at the length."""
     plain_h = _plain_frequency(rotary_dim, theta)
     slow_h = plain_h / np.float32(s.factor)
