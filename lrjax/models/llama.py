@@ -423,5 +423,14 @@ def _normal(inputs: int):
 def _extend(cache_nBSKH, new_BLKH, layer, start):
     """Writes new keys or values into one layer of the cache: (the cache, that layer's [B, S, K, H])."""
     new_BLKH = new_BLKH.astype(cache_nBSKH.dtype)
-    cache_nBSKH = lax.dynamic_update_slice(cache_nBSKH, new_BLKH[None], (layer, 0, start, 0, 0))
-    return cache_nBSKH, lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False)
+    if context.devices_along_length() == 1:
+        cache_nBSKH = lax.dynamic_update_slice(cache_nBSKH, new_BLKH[None], (layer, 0, start, 0, 0))
+        return cache_nBSKH, lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False)
+    # The keys are split over devices. A slice that begins anywhere would have XLA gather the whole cache on each of
+    # them; here every place asks for what it gets.
+    old_BSKH = lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False)
+    from_S = jnp.arange(old_BSKH.shape[1]) - start
+    inside_S11 = ((from_S >= 0) & (from_S < new_BLKH.shape[1]))[:, None, None]
+    placed_BSKH = jnp.take(new_BLKH, from_S, axis=1, mode="clip")
+    layer_BSKH = jnp.where(inside_S11, placed_BSKH, old_BSKH)
+    return lax.dynamic_update_index_in_dim(cache_nBSKH, layer_BSKH, layer, 0), layer_BSKH
