@@ -99,11 +99,11 @@ def run_lrjax(folder: pathlib.Path) -> None:
     def work():
         drawn = []
         for tokens_L in documents:
-            ends = np.flatnonzero(ends_V[tokens_L]) + 1
+            ends = np.flatnonzero(ends_V.take(tokens_L)) + 1
             ends = ends[ends < SOURCE]
             lengths_S = np.diff(np.concatenate([[0], ends, [SOURCE]]))
             kept = selection.select(
-                "digits", lengths_S, BUDGET, rng=rng, digit_mask_L=digits_V[tokens_L]
+                "digits", lengths_S, BUDGET, rng=rng, digit_mask_L=digits_V.take(tokens_L)
             )
             drawn.append(positions.longrecipe_code(kept.segment_lengths, TARGET, rng))
         return drawn

@@ -206,7 +206,7 @@ def make_selector(config, workdir, method: str, analysis):
             method, record["segment_lengths"], config.train_length,
             rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
             anchor_mask_L=None if classes is None else np.isin(classes.of(record), anchors),
-            digit_mask_L=digits_V[tokens],
+            digit_mask_L=digits_V.take(tokens),
             delta_L=None if scores is None else _score_of(config, scores, record, method),
             source_L=references.copies(tokens) if method == "linked" else None,
         )  # fmt: skip
