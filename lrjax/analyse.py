@@ -3,7 +3,9 @@
     WORKDIR/analysis/selections.json     everything below, with the settings
     WORKDIR/analysis/selections.md       the table
 
-The run needs its stages import to analyse. For every method of `longrecipe/selection.py`, over the same documents:
+The run needs its stages import to analyse. For every score that is stored (`longrecipe/impact.py`): the anchor classes
+it finds, the p-value of its flatness and, where documents have marked answers, how well it tells them from other tokens.
+For every method of `longrecipe/selection.py`, over the same documents:
 
     kept           share of the tokens that is kept, and of it the part that only fills up the budget
     references     tokens that repeat something from at least a window back: the marked answers where the documents have
@@ -24,7 +26,7 @@ from lrjax import choosing, examples, sharding
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
-from lrjax.longrecipe import dependency, references, selection
+from lrjax.longrecipe import dependency, impact, references, selection
 from lrjax.run import load_checkpoint, open_mesh
 
 _FLAGS = ProgramFlags()
@@ -68,6 +70,7 @@ def measure(
         "documents": len(ids),
         "references": "marked answers" if marked else "copied groups of three tokens",
         "anchors": analysis["anchors"],
+        "scores": _scores(config, workdir, samples, ids),
         "lds": None,
         "methods": {},
     }
@@ -114,9 +117,45 @@ def measure(
     return found
 
 
+def _scores(config, workdir, samples, ids) -> dict:
+    """{score: {"anchors", "p_value", "concentration", "auc", "recall_in_top"}}, the last two where there are marks."""
+    stored = examples.open_records(workdir / "scores" / "long.array_record")
+    classes = choosing.open_classes(config, workdir)
+    rows = [(stored.by_id(id_), samples.by_id(id_)) for id_ in ids]
+    length = max(len(record["delta_logit"]) for record, _ in rows)
+    class_rows = [classes.of(sample)[1 : len(record["valid"]) + 1] for record, sample in rows]
+    classes_NL = impact.stack_rows(class_rows, length)
+    marks_NL = impact.stack([sample["marks"][1:] for _, sample in rows], length)
+    found = {}
+    for name in impact.SCORES:
+        if name in ("kl", "contrast") and name not in rows[0][0]:
+            continue
+        delta_NL = impact.stack([impact.score_of(record, name) for record, _ in rows], length)
+        analysis = impact.analyse(
+            delta_NL, classes_NL, marks_NL, names=classes.names, top=config.analyse.top,
+            top_fraction=config.analyse.top_fraction, min_lift=config.analyse.min_lift,
+        )  # fmt: skip
+        flatness, validation = analysis["flatness"], analysis.get("validation", {})
+        found[name] = {"anchors": analysis["anchors"]} | {
+            "p_value": flatness["p_value"], "concentration": flatness["concentration"],
+            "auc": validation.get("auc"), "recall_in_top": validation.get("recall_in_top"),
+        }  # fmt: skip
+    return found
+
+
 def table(found: dict) -> str:
-    """The figures as a Markdown table, with a line above that says what was counted."""
+    """The figures as Markdown tables, with a line above that says what was counted."""
+    scores = [
+        "| score | anchor classes | p of flatness | top holds | AUC | in the top |",
+        "|---" * 6 + "|",
+    ]
+    for name, row in found["scores"].items():
+        figures = (row[key] for key in ("p_value", "concentration", "auc", "recall_in_top"))
+        cells = " | ".join("-" if figure is None else f"{figure:.3f}" for figure in figures)
+        scores.append(f"| {name} | {', '.join(row['anchors']) or 'none'} | {cells} |")
     lines = [
+        *scores,
+        "",
         f"{found['documents']} documents, budget {found['budget']} tokens, far is {found['window']} tokens and more; "
         f"references: {found['references']}; anchor classes: {', '.join(found['anchors']) or 'none'}.",
         "",
@@ -131,7 +170,7 @@ def table(found: dict) -> str:
     ]
     if found["lds"]:
         whole = found["lds"]
-        lines[0] += (
+        lines[-2] += (
             f" LDS in chunks of {whole['chunk']} by {whole['model']}, {whole['documents']} documents; whole: "
             f"{_text(whole['whole'], 2)} ({whole['whole_chunks']} chunks, kept: {whole['kept_chunks']})."
         )

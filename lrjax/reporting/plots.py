@@ -97,10 +97,10 @@ def _count_axis(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _position_axis(axis, stop: int) -> None:
-    """Quarters of a window: its lengths are seldom round in tens."""
+def _position_axis(axis, stop: int, parts: int = 4) -> None:
+    """Quarters (or halves) of a window: its lengths are seldom round in tens."""
     _count_axis(axis)
-    axis.set_ticks(np.unique(np.linspace(0, stop, 5).astype(int)))
+    axis.set_ticks(np.unique(np.linspace(0, stop, parts + 1).astype(int)))
 
 
 def _line_style(index: int) -> dict:
@@ -240,8 +240,9 @@ def position_plots(samples: Mapping[str, Sequence], window: int | None, target: 
         top.set_xlabel("index in the row")
         histograms[0].set_xlabel("position")
         histograms[1].set_xlabel("distance of two tokens")
-        for axis in (top.xaxis, top.yaxis, *(ax.xaxis for ax in histograms)):
-            _position_axis(axis, target)
+        _position_axis(top.yaxis, target)
+        for ax in (top, *histograms):
+            _position_axis(ax.xaxis, target, parts=4 if columns < 4 else 2)
         if not column:
             for ax, label in zip(
                 (top, *histograms), ("position", "tokens, %", "pairs, %"), strict=True
