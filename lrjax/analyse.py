@@ -4,7 +4,7 @@
     WORKDIR/analysis/selections.md       the table
 
 The run needs its stages import to analyse. For every score that is stored (`longrecipe/impact.py`): the anchor classes
-it finds, the p-value of its flatness and, where documents have marked answers, how well it tells them from other tokens.
+it finds, the p-value of its flatness and, where documents have marked answers, how well it tells them from the others.
 For every method of `longrecipe/selection.py`, over the same documents:
 
     kept           share of the tokens that is kept, and of it the part that only fills up the budget
