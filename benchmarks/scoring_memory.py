@@ -11,8 +11,8 @@ scoring less the resident memory before it (Linux: VmHWM, reset through /proc/se
 * `transformers`: two forward passes in bfloat16 with its default attention, one after the other; the logits of each are
   dropped when the tokens' logits and log-probabilities are read off them.
 
-Tokens a second are of the second call: compilation and first touches of memory are left out; tokens a second of CPU time
-stand beside them, for machines that are busy otherwise. Aims: at least the speed
+Tokens a second are of the second call: compilation and first touches of memory are left out; tokens a second of CPU
+time stand beside them, for machines that are busy otherwise. Aims: at least the speed
 of transformers, at a tenth of its extra memory.
 """
 
