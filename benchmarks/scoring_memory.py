@@ -21,6 +21,9 @@ import dataclasses
 import json
 import pathlib
 import re
+import subprocess
+import sys
+import tempfile
 import time
 
 from benchmarks import contenders
@@ -88,19 +91,15 @@ def reset_peak() -> int:
     return resident("VmRSS")
 
 
-def run_transformers(length: int) -> None:
+def run_transformers(length: int, folder: pathlib.Path) -> None:
     import copy
 
     import numpy as np
     import torch
     import transformers
 
-    from lrjax.checkpoints import gguf
-
-    path = pathlib.Path(gguf.packaged_smollm2())
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
-    ).eval()
+    # Not from the GGUF file: transformers would keep its weights packed and unpack them in every product.
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     extended = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in extended.parameters():
@@ -130,13 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=8192, help="tokens of the one document")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender == "transformers":
-        return run_transformers(args.length)
+        return run_transformers(args.length, args.folder)
     if args.contender:
         return run(args.contender, args.length)
-    results = contenders.run("benchmarks.scoring_memory", NAMES, [f"--length={args.length}"])
+    with tempfile.TemporaryDirectory() as folder:
+        target = pathlib.Path(folder) / "smollm2"
+        convert = [sys.executable, "-m", "lrjax.convert", "smollm2", str(target), "--to=hf"]
+        subprocess.run(convert, check=True)
+        flags = [f"--length={args.length}", f"--folder={target}"]
+        results = contenders.run("benchmarks.scoring_memory", NAMES, flags)
     print(f"Scoring a pair of SmolLM2-135M, {args.length} tokens, {contenders.machine()}")
     print(f"{'':16}{'extra GB':>10}{'compiled GB':>13}{'tokens/s':>10}{'a CPU s':>10}")
     for name, result in results.items():
