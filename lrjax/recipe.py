@@ -11,34 +11,31 @@
     evaluate evaluation/CHECKPOINT/TASK.json
     report   report/index.html, report/summary.json
 
-Each stage is a function `stage(config, workdir)` and is skipped when it is complete (`workdir.py`), so the same call
-goes on after a stop.
+score, analyse and select are in `choosing.py`. Each stage is a function `stage(config, workdir)` and is skipped when
+it is complete (`workdir.py`), so the same call goes on after a stop.
 """
 
-import functools
 import importlib
 import pathlib
 import time
 
 import jax
-import numpy as np
 from absl import logging
 
-from lrjax import assessment, examples, sharding, summary
+from lrjax import assessment, choosing, examples, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import families, loading, orbax
-from lrjax.data.records import write_records
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.longrecipe import impact, merging, scoring, selection
-from lrjax.models.flops import forward_flops
+from lrjax.longrecipe import merging
 from lrjax.models.llama import LlamaConfig, abstract_params, init_params
 from lrjax.run import (
     checkpoint,
     data_paths,
     load_checkpoint,
     mixture,
+    on_first_process,
     open_data,
     open_mesh,
     open_tokenizer,
@@ -79,28 +76,6 @@ def _run_stage(config, workdir, name) -> None:
     logging.info("%s: done in %.1f s", name, facts["seconds"])
 
 
-def _on_first_process(function):
-    """Runs what needs no device and writes files; the other processes wait. The workdir is on a disk they share."""
-
-    @functools.wraps(function)
-    def stage(*args, **kwargs):
-        result = function(*args, **kwargs) if jax.process_index() == 0 else None
-        sharding.barrier(function.__name__)
-        return result
-
-    return stage
-
-
-def _write(path, rows) -> None:
-    """Writes records that all processes compute together; the first one writes."""
-    if jax.process_index() == 0:
-        write_records(path, rows)
-    else:
-        for _ in rows:
-            pass
-    sharding.barrier(str(path))
-
-
 # ------------------------------------------------------------------------------------------- import
 
 
@@ -125,7 +100,7 @@ def import_base(config, workdir):
     return _pretrain(config, workdir, tokenizer)
 
 
-@_on_first_process
+@on_first_process
 def _import_data(config, workdir, tokenizer_of_model):
     """data/, tokenizer/ and documents/."""
     if config.data.prepare and not (workdir / "data" / "sources.json").exists():
@@ -251,7 +226,7 @@ def _extend(config, workdir, stage, method, section):
 
 def probe(config, workdir):
     """H': the base after a short extension, on text chosen without scores."""
-    _on_first_process(_write_selection)(
+    on_first_process(choosing.write_selection)(
         config, workdir, "probe", config.probe.method, analysis=None
     )
     return _extend(config, workdir, "probe", config.probe.method, config.probe)
@@ -296,140 +271,15 @@ def merge(config, workdir):
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- score, analyse, select
-
-
-def score(config, workdir):
-    """The change of every token's logit from the base to the probe, on the long samples at plain positions."""
-    base_config, base = load_checkpoint(config, workdir, "base")
-    probe_config, extended = load_checkpoint(config, workdir, "probe")
-    scorer = scoring.make_scorer(base_config, probe_config)
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    count = min(config.score.samples or len(documents), len(documents))
-    length = config.score.length or config.data.source_length or config.target_length
-    batch_size = config.score.batch_size
-
-    def rows():
-        for start in range(0, count, batch_size):
-            batch = [documents[index] for index in range(start, min(start + batch_size, count))]
-            # A short batch or document is filled up with padding (segment 0), which is cut off again.
-            tokens = np.zeros((batch_size, length), np.int32)
-            segment_ids = np.zeros((batch_size, length), np.int32)
-            for row, record in enumerate(batch):
-                ids = record["tokens"][:length]
-                tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-            positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-            scores = jax.device_get(scorer(base, extended, tokens, positions, segment_ids))
-            for row, record in enumerate(batch):
-                used = min(len(record["tokens"]), length)
-                yield {"id": record["id"]} | {
-                    name: values[row, : used - 1] for name, values in scores.items()
-                }
-            logging.info("score: %d of %d samples", min(start + batch_size, count), count)
-
-    _write(workdir / "scores" / "long.array_record", rows())
-    return {
-        "tokens": count * length,
-        "flops": 2 * forward_flops(base_config, count, length),
-    }
-
-
-@_on_first_process
-def analyse(config, workdir):
-    """Significance, the top fraction at each position, and the classes over-represented in it."""
-    tokenizer = open_tokenizer(workdir)
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    scores = examples.open_records(workdir / "scores" / "long.array_record")
-    records = [documents.by_id(record["id"]) for record in scores]
-    length = max(len(record["delta_logit"]) for record in scores)
-    analysis = impact.analyse(
-        delta_NL=impact.stack([record["delta_logit"] for record in scores], length),
-        classes_NL=impact.stack_classes(
-            [record["tokens"][1:] for record in records], tokenizer.token_texts(), length
-        ),
-        marks_NL=impact.stack([record["marks"][1:] for record in records], length),
-        top_fraction=config.analyse.top_fraction,
-        min_lift=config.analyse.min_lift,
-    )
-    wd.write_json(workdir / "scores" / "analysis.json", analysis)
-
-
-@_on_first_process
-def select(config, workdir):
-    """For every method, the sentences it keeps of each long sample, to exactly the training length."""
-    analysis = wd.read_json(workdir / "scores" / "analysis.json")
-    for name in config.methods:
-        method = config.methods[name]
-        if method.positions and method.selection != "at_positions":
-            _write_selection(config, workdir, name, method, analysis)
-
-
-def _write_selection(config, workdir, name, method, analysis) -> None:
-    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index}."""
-    if method.selection == "at_positions":
-        return
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    texts = open_tokenizer(workdir).token_texts()
-    table = impact.token_classes(texts)
-    anchors = None
-    if method.selection == "anchor":
-        if not analysis["anchors"]:
-            raise UserError(
-                f"methods.{name}: selection 'anchor' has nothing to hold on to: {analysis['flat']}"
-            )
-        anchors = np.isin(table, [impact.CLASS_NAMES.index(a) for a in analysis["anchors"]])
-    digits = np.asarray([any(c.isdigit() for c in text) for text in texts])
-    scores = None
-    if method.selection == "score":
-        scores = examples.open_records(workdir / "scores" / "long.array_record")
-
-    def rows():
-        for record in documents:
-            tokens = record["tokens"]
-            delta = None
-            if scores is not None:
-                delta = _delta_of(scores, record)
-            kept = selection.select(
-                method.selection, record["segment_lengths"], config.train_length,
-                rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
-                anchor_mask_L=None if anchors is None else anchors[tokens],
-                digit_mask_L=digits[tokens], delta_L=delta,
-            )  # fmt: skip
-            yield {
-                "id": record["id"],
-                "tokens": tokens[kept.token_index],
-                "segment_lengths": kept.segment_lengths,
-                "marks": record["marks"][kept.token_index],
-                "token_index": kept.token_index,
-            }
-
-    write_records(workdir / "selected" / f"{name}.array_record", rows())
-
-
-def _delta_of(scores, record):
-    """The logit change of a whole sample; its first token is predicted by nothing and has none."""
-    if record["id"] not in scores.ids:
-        raise UserError(
-            f"selection 'score': sample {record['id']!r} has no scores; set config.score.samples=0 (all)"
-        )
-    delta = scores.by_id(record["id"])["delta_logit"]
-    if len(delta) + 1 != len(record["tokens"]):
-        raise UserError(
-            f"selection 'score': sample {record['id']!r} has {len(record['tokens'])} tokens, of which "
-            f"{len(delta) + 1} are scored; set config.score.length=0 (all)"
-        )
-    return np.concatenate([[0.0], delta]).astype(np.float32)
-
-
 STAGES = {
     "import": import_base,
     "probe": probe,
-    "score": score,
-    "analyse": analyse,
-    "select": select,
+    "score": choosing.score,
+    "analyse": choosing.analyse,
+    "select": choosing.select,
     "extend": extend,
     "replay": replay,
     "merge": merge,
     "evaluate": assessment.evaluate,
-    "report": _on_first_process(summary.write),
+    "report": on_first_process(summary.write),
 }

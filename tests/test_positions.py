@@ -31,8 +31,8 @@ def test_properties(name, layout):
     assert drawn.dtype == np.int32 and drawn.shape == (sum(lengths),)
     assert np.all(np.diff(drawn) >= 1)
     assert drawn[0] >= 0 and drawn[-1] < target
-    # RPES as published is a sample of the whole window: it alone need not start at 0.
-    assert drawn[0] == 0 or name == "rpes"
+    # RPES as published is a sample of the whole window; the released code's PoSE may move the whole text.
+    assert drawn[0] == 0 or name in ("rpes", "pose_code")
     again = TRANSFORMS[name](lengths, target, np.random.default_rng(seed))
     np.testing.assert_array_equal(drawn, again)
 
@@ -54,6 +54,62 @@ def test_runs_of_one_inside_a_segment(layout):
     np.testing.assert_array_equal(cut[half:], plain[half:])
     pose = positions.pose(lengths, target, np.random.default_rng(seed))
     assert np.count_nonzero(np.diff(pose) != 1) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts())
+def test_where_gaps_may_stand(layout):
+    """Behind a sentence, or as often as the transform says."""
+    lengths, target, seed = layout
+    ends = np.cumsum(lengths)[:-1]
+
+    def gaps(name):
+        drawn = TRANSFORMS[name](lengths, target, np.random.default_rng(seed))
+        return 1 + np.flatnonzero(np.diff(drawn) != 1)
+
+    for name in ("uniform_slots", "power_law", "geometric", "few_gaps", "paragraphs"):
+        assert np.isin(gaps(name), ends).all(), name
+    assert len(gaps("few_gaps")) <= 4
+    count = np.searchsorted(ends, gaps("paragraphs"))
+    assert np.all(np.diff(count) % 5 == 0)
+    starts = np.arange(1, len(lengths)) * sum(lengths) // len(lengths)
+    assert np.isin(gaps("fixed_segments"), starts).all()
+    inside = np.setdiff1d(gaps("inside_gaps"), ends)
+    assert len(set(np.searchsorted(ends, inside, side="right"))) == len(inside)
+    assert len(gaps("pose_code")) <= 1 and len(gaps("cream")) <= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 300), slack=st.integers(0, 9000), seed=st.integers(0, 2**32 - 1))
+def test_cream_holds_both_ends_of_the_window(length, slack, seed):
+    drawn = positions.cream([length], length + slack, np.random.default_rng(seed))
+    assert drawn[0] == 0 and drawn[-1] == length + slack - 1
+    for end in {max(1, length // 3), min(max(1, length // 3), 32)}:
+        if np.all(np.diff(drawn[:end]) == 1) and np.all(np.diff(drawn[length - end :]) == 1):
+            break
+    else:
+        raise AssertionError("neither short ends nor thirds")
+
+
+def test_pose_of_the_released_code_skips_nothing_in_57_percent():
+    rng = np.random.default_rng(0)
+    plain = [positions.pose_code([24_000], 80_000, rng)[-1] == 23_999 for _ in range(1000)]
+    assert np.mean(plain) == pytest.approx(1 - 24_000 / 56_001, abs=0.05)
+
+
+def test_largest_gaps_by_how_the_slack_is_shared():
+    """Of near-equal gaps, of Algorithm 1 and of the heavy tails: what makes them different distributions."""
+    lengths, target = [40] * 250, 50_000
+    rng = np.random.default_rng(0)
+    largest = {
+        name: np.mean([np.diff(TRANSFORMS[name](lengths, target, rng)).max() for _ in range(40)])
+        for name in ("uniform_slots", "longrecipe", "power_law", "geometric")
+    }
+    # The mean gap is 160: Poisson; exponential, whose largest of 250 is ln(250) + 0.58 means; half the slack.
+    assert largest["uniform_slots"] < 1.5 * 160
+    assert largest["longrecipe"] == pytest.approx(160 * (np.log(250) + 0.58), rel=0.15)
+    assert largest["power_law"] > 2 * largest["longrecipe"]
+    assert largest["geometric"] == pytest.approx(20_000, rel=0.05)
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,6 +194,15 @@ def test_describe_by_brute_force():
     assert described["mean_distance"] == pytest.approx((np.mean(pairs) + 0) / 2)
     assert described["mean_run"] == pytest.approx((5 / 2 + 1) / 2)
     assert described["mean_max"] == pytest.approx((8 + 3) / 2)
+
+
+def test_coverage_by_brute_force():
+    rows = [np.array([0, 1, 9], np.int32), np.array([0, 5], np.int32)]
+    covered = positions.coverage(rows, 10, bins=2)
+    assert covered["positions"] == pytest.approx([3 / 5, 2 / 5])
+    assert covered["distances"] == pytest.approx([1 / 4, 3 / 4])  # 1, 9, 8 and 5
+    with pytest.raises(UserError, match="no positions"):
+        positions.coverage([], 10)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

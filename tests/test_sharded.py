@@ -48,7 +48,11 @@ def results(config, mesh_items, length):
             targets = jnp.roll(tokens, -1, axis=1)
             total, weight = head.weighted_cross_entropy(params, x_BLD, targets, weights)
             still = jax.lax.stop_gradient((params, x_BLD))
-            return total / weight, head.token_stats(*still, targets)
+            stats = head.token_stats(*still, targets)
+            # Against itself with larger logits; three tokens' logits at a time, which the lengths do not divide.
+            larger = jax.tree.map(lambda a: 1.2 * a, still)
+            stats["kl"] = head.kl_divergence(*still, *larger, chunk=3)
+            return total / weight, stats
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (value, stats), grads = step(params, *batch)
