@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from lrjax import assessment, examples, sharding, summary
+from lrjax import assessment, examples, provenance, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import loading, orbax
@@ -47,6 +47,8 @@ from lrjax.run import (
 from lrjax.training.loop import train
 from lrjax.training.state import shardings_of
 
+LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
+
 # ------------------------------------------------------------------------------------------- running
 
 
@@ -61,6 +63,8 @@ def run(config, workdir, only=()) -> None:
     config_lib.check(config)
     workdir = pathlib.Path(workdir)
     wd.claim(workdir, config)
+    if not all(wd.is_complete(workdir, name) for name in only or STAGES):
+        provenance.note(workdir)
     with sharding.layout(open_mesh(config), config.rules):
         for name in only or STAGES:
             _run_stage(config, workdir, name)
@@ -231,11 +235,13 @@ def _extend(config, workdir, stage, method, section):
         return {"tokens": 0, "flops": 0}
     section = section.copy_and_resolve_references()
     with section.unlocked():
-        for field in ("steps", "global_batch_size"):
+        for field in ("steps", "global_batch_size", "grow_from"):
             if method[field] >= 0:
                 section[field] = method[field]
     from_source = method.selection == "at_positions"
-    length = config.target_length if method.positions == "full" else config.train_length
+    length = method.train_length or config.train_length
+    if method.positions == "full":
+        length = config.target_length
     file = "documents/long" if from_source else f"selected/{stage}"
     share = 1.0 - sum(section.mixture.values())
     component = examples.placed_component(
@@ -273,7 +279,9 @@ def extend(config, workdir):
 
 
 def replay(config, workdir):
-    """Pretraining-like data at plain positions on the extended model."""
+    """Pretraining-like data at plain positions on the extended model; nothing with 0 steps."""
+    if not config.replay.steps:
+        return None
     model = load_checkpoint(config, workdir, config.method)
     length = config.replay.length or config.window
     components = mixture(config, workdir, config.replay, length)
@@ -283,6 +291,8 @@ def replay(config, workdir):
 
 def merge(config, workdir):
     """The replayed model merged with the base; the result carries the extended RoPE base."""
+    if not config.replay.steps:
+        return
     base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
     weighted, settings = assessment.merge_settings(
         config.merge, config.merge.base_weight, base, replayed
@@ -363,7 +373,7 @@ def select(config, workdir):
 
 
 def _write_selection(config, workdir, name, method, analysis) -> None:
-    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index}."""
+    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index} and maybe weights."""
     if method.selection == "at_positions":
         return
     documents = examples.open_records(workdir / "documents" / "long.array_record")
@@ -377,46 +387,76 @@ def _write_selection(config, workdir, name, method, analysis) -> None:
             )
         anchors = np.isin(table, [impact.CLASS_NAMES.index(a) for a in analysis["anchors"]])
     digits = np.asarray([any(c.isdigit() for c in text) for text in texts])
-    scores = None
-    if method.selection == "score":
+    scores, top = None, None
+    if method.selection in ("score", "top") or method.weighting:
         scores = examples.open_records(workdir / "scores" / "long.array_record")
+    if method.selection == "top":
+        top = _top_tokens(scores, documents, method.top_fraction or config.analyse.top_fraction)
 
     def rows():
         for record in documents:
-            tokens = record["tokens"]
-            delta = None
-            if scores is not None:
-                delta = _delta_of(scores, record)
+            tokens, how, wanted, overflow = record["tokens"], method.selection, None, "first"
+            if anchors is not None:
+                wanted = anchors[tokens]
+            if (
+                top is not None
+            ):  # when more is wanted than fits, what stays must not depend on its place
+                how, wanted, overflow = "anchor", top[record["id"]], "random"
             kept = selection.select(
-                method.selection, record["segment_lengths"], config.train_length,
+                how, record["segment_lengths"], method.train_length or config.train_length,
                 rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
-                anchor_mask_L=None if anchors is None else anchors[tokens],
-                digit_mask_L=digits[tokens], delta_L=delta,
+                anchor_mask_L=wanted, digit_mask_L=digits[tokens], overflow=overflow,
+                delta_L=_change(scores, record, "delta_logit") if how == "score" else None,
             )  # fmt: skip
-            yield {
+            index, lengths = kept.token_index, kept.segment_lengths
+            if method.shuffle:
+                rng = examples.rng_of(config.seed, f"{record['id']} shuffled")
+                index, lengths = examples.shuffled(index, lengths, rng)
+            row = {
                 "id": record["id"],
-                "tokens": tokens[kept.token_index],
-                "segment_lengths": kept.segment_lengths,
-                "marks": record["marks"][kept.token_index],
-                "token_index": kept.token_index,
+                "tokens": tokens[index],
+                "segment_lengths": lengths,
+                "marks": record["marks"][index],
+                "token_index": index,
             }
+            if method.weighting == "longce":
+                change_L = _change(scores, record, "delta_logprob")
+                row["weights"] = np.minimum(np.exp(change_L[index]), LONGCE_LIMIT)
+            yield row
 
     write_records(workdir / "selected" / f"{name}.array_record", rows())
 
 
-def _delta_of(scores, record):
-    """The logit change of a whole sample; its first token is predicted by nothing and has none."""
+def _top_tokens(scores, documents, fraction: float) -> dict[str, np.ndarray]:
+    """{document id: which of its tokens are in the top fraction of the documents at their place}."""
+    delta = {
+        record["id"]: _change(scores, record, "delta_logit", filling=-np.inf)
+        for record in documents
+    }
+    if fraction == 1:
+        return {id_: np.ones(len(delta_L), bool) for id_, delta_L in delta.items()}
+    lengths_N = np.asarray([len(delta_L) for delta_L in delta.values()])
+    delta_NL = np.full((len(delta), lengths_N.max()), -np.inf, np.float32)
+    for row, delta_L in enumerate(delta.values()):
+        delta_NL[row, : len(delta_L)] = delta_L
+    valid_NL = np.isfinite(delta_NL)
+    top_NL = impact.top_fraction_per_position(np.where(valid_NL, delta_NL, 0), fraction, valid_NL)
+    return {id_: top_NL[row, : lengths_N[row]] for row, id_ in enumerate(delta)}
+
+
+def _change(scores, record, name: str, filling: float = 0.0):
+    """What scoring changed for the tokens of a whole sample; the first one is predicted by nothing: `filling`."""
     if record["id"] not in scores.ids:
         raise UserError(
-            f"selection 'score': sample {record['id']!r} has no scores; set config.score.samples=0 (all)"
+            f"selection or weighting by scores: sample {record['id']!r} has none; set config.score.samples=0 (all)"
         )
-    delta = scores.by_id(record["id"])["delta_logit"]
-    if len(delta) + 1 != len(record["tokens"]):
+    change = scores.by_id(record["id"])[name]
+    if len(change) + 1 != len(record["tokens"]):
         raise UserError(
-            f"selection 'score': sample {record['id']!r} has {len(record['tokens'])} tokens, of which "
-            f"{len(delta) + 1} are scored; set config.score.length=0 (all)"
+            f"selection or weighting by scores: sample {record['id']!r} has {len(record['tokens'])} tokens, of "
+            f"which {len(change) + 1} are scored; set config.score.length=0 (all)"
         )
-    return np.concatenate([[0.0], delta]).astype(np.float32)
+    return np.concatenate([[filling], change]).astype(np.float32)
 
 
 STAGES = {
