@@ -247,29 +247,26 @@ def _write(experiment, runs_, out, workdir) -> None:
     if not complete:
         return
     module = experiment.module
-    title, _, about = module.__doc__.strip().partition("\n")
-    sample = complete[0].config
-    wd.write_json(
-        out / f"{experiment.name}.json",
-        {
-            "name": experiment.name,
-            "title": title,
-            "about": "\n".join(
-                line for line in about.strip().splitlines() if not line.startswith("    ")
-            ).strip(),
-            "config": str(experiment.file),
-            "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
-            f"--seeds={','.join(map(str, dict.fromkeys(run.seed for run in runs_)))} --workdir={workdir}",
-            "window": sample.window,
-            "arms": list(module.ARMS),
-            "claims": list(module.CLAIMS),
-            "runs": [
-                {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
-                | collect(run.config, run.workdir)
-                for run in complete
-            ],
-        },
-    )
+    title, about = module.__doc__.strip().split("\n\n", 1)
+    suffix = "-smoke" if experiment.smoke else ""
+    results = {
+        "name": experiment.name + suffix,
+        "smoke": experiment.smoke,
+        "title": title,
+        "about": about.split("\n\n", 1)[1],  # without the command
+        "config": str(experiment.file),
+        "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
+        f"--seeds={','.join(map(str, dict.fromkeys(run.seed for run in runs_)))} --workdir={workdir}",
+        "window": complete[0].config.window,
+        "arms": list(module.ARMS),
+        "claims": list(module.CLAIMS),
+        "runs": [
+            {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
+            | collect(run.config, run.workdir)
+            for run in complete
+        ],
+    }
+    wd.write_json(out / f"{experiment.name}{suffix}.json", results)
 
 
 def collect(config, workdir) -> dict:

@@ -3,8 +3,8 @@
     python -m lrjax.experiment --config=configs/experiments/architecture.py --seeds=10-14 --workdir=runs/experiments
 
 Arms: Llama with the RoPE base raised to 5,000; the same with norms of queries and keys (as Qwen3), with a local
-first layer (window 32, RoPE base of its own, as Gemma 3), with half of each head rotated; and Llama with other encodings
-of the long window: YaRN, linear interpolation, and the RoPE base by the paper's rule.
+first layer (window 32, RoPE base of its own, as Gemma 3), with half of each head rotated; and Llama with other
+encodings of the long window: YaRN, linear interpolation, and the RoPE base by the paper's rule.
 """
 
 from configs.experiments import setting

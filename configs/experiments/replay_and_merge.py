@@ -2,8 +2,8 @@
 
     python -m lrjax.experiment --config=configs/experiments/replay_and_merge.py --seeds=10-14 --workdir=runs/experiments
 
-Arms: 20, 40, 80 and 160 steps of replay (32 rows of 64 tokens each) after LongRecipe. Rows `base_N`: the base with N % of
-the weight in the merge, the replayed model with the rest.
+Arms: 20, 40, 80 and 160 steps of replay (32 rows of 64 tokens each) after LongRecipe. Rows `base_N`: the base with N %
+of the weight in the merge, the replayed model with the rest.
 """
 
 from configs.experiments import setting

@@ -182,7 +182,7 @@ def check_batch(config, mesh, stage) -> None:
 
 
 def block_length(config, step: int, length: int) -> int:
-    """Tokens that attention sees together at a step (0, 1, ...): from `grow_from`, linearly, to all at half the steps."""
+    """Tokens that attention sees together at a step (0, 1, ...): linearly from `grow_from` to all at half the steps."""
     if not config.grow_from or config.grow_from >= length:
         return length
     done = min(1.0, 2 * step / config.steps)
