@@ -182,13 +182,16 @@ def run_all(experiment, runs_, workdir, processes: int, out) -> list[pathlib.Pat
     """Runs what is not complete and writes the JSON whenever a run is; returns the logs of runs that failed."""
     locks = {_base(workdir, run.config): threading.Lock() for run in runs_}
     writing = threading.Lock()
+    environment = _environment(workdir / "programs", processes)
     failed = []
 
     def finish(run: Run):
         base = _base(workdir, run.config)
         with locks[base]:
-            log = _make_base(experiment, run, base, workdir) if run.config.pretrain else None
-        log = log or _call(experiment, run, run.workdir, STAGES, run.config.model.source, workdir)
+            log = _make_base(experiment, run, base, environment) if run.config.pretrain else None
+        log = log or _call(
+            experiment, run, run.workdir, STAGES, run.config.model.source, environment
+        )
         with writing:
             if log:
                 failed.append(log)
@@ -200,13 +203,13 @@ def run_all(experiment, runs_, workdir, processes: int, out) -> list[pathlib.Pat
     return failed
 
 
-def _make_base(experiment, run, base, workdir):
+def _make_base(experiment, run, base, environment):
     if orbax.is_model(base / "checkpoints" / "base"):
         return None
-    return _call(experiment, run, base, ("import",), "", workdir)
+    return _call(experiment, run, base, ("import",), "", environment)
 
 
-def _call(experiment, run: Run, workdir, stages, source: str, root) -> pathlib.Path | None:
+def _call(experiment, run: Run, workdir, stages, source: str, environment) -> pathlib.Path | None:
     """A run of lrjax.main in a process of its own; its log if it failed."""
     if all(wd.is_complete(workdir, stage) for stage in stages):
         return None
@@ -221,7 +224,7 @@ def _call(experiment, run: Run, workdir, stages, source: str, root) -> pathlib.P
     log = workdir.with_suffix(".log")
     with open(log, "a", encoding="utf-8") as said:
         code = subprocess.run(
-            command, stdout=said, stderr=said, env=_environment(root / "programs"), check=False
+            command, stdout=said, stderr=said, env=environment, check=False
         ).returncode
     if code:
         logging.error("%s: failed, see %s", workdir, log)
@@ -230,9 +233,10 @@ def _call(experiment, run: Run, workdir, stages, source: str, root) -> pathlib.P
     return None
 
 
-def _environment(programs) -> dict[str, str]:
-    """Runs share what they compile, unless the user has a place for it."""
+def _environment(programs, processes: int) -> dict[str, str]:
+    """Runs share the cores (NPROC: threads of XLA's pool) and what they compile, unless the user says otherwise."""
     return {
+        "NPROC": str(max(1, (os.cpu_count() or 1) // processes)),
         "JAX_COMPILATION_CACHE_DIR": str(programs.absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
