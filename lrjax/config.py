@@ -63,9 +63,9 @@ def training(**changes) -> ConfigDict:
 def method(selection: str, positions: str, **changes) -> ConfigDict:
     """A way to extend: which text of a long document, at which positions.
 
-    selection: anchor | digits | score | random | first (`longrecipe/selection.py`); `top`: sentences that hold a
-        token whose change of logit is in the top fraction at its place; or `at_positions`: the text that lies at the
-        positions drawn (PoSE as published, full length).
+    selection: anchor | digits | score | linked | weighted | random | first (`longrecipe/selection.py`); `top`:
+        sentences that hold a token whose score is in the top fraction at its place; or `at_positions`: the text that
+        lies at the positions drawn (PoSE as published, full length).
     positions: a name in `longrecipe.positions.TRANSFORMS`, or "" to change the RoPE base and train nothing.
     """
     section = ConfigDict(
@@ -157,8 +157,27 @@ def default() -> ConfigDict:
     config.pretrain = ConfigDict()  # phases by name, run in alphabetical order; each with a length
     config.probe = training(steps=20)  # the short extension that scoring compares the base with
     config.probe.method = method("first", "longrecipe")
-    config.score = ConfigDict({"samples": 0, "length": 0, "batch_size": 1})  # 0: all, source_length
-    config.analyse = ConfigDict({"top_fraction": 0.2, "min_lift": 1.2})
+    config.score = ConfigDict(
+        {
+            "samples": 0,  # 0: all
+            "length": 0,  # 0: source_length
+            "batch_size": 1,
+            "kl": False,  # also how far the whole distribution moves
+            # Also the probe's log-probability with the long context less that with the last so many tokens
+            # (longrecipe/contrast.py), a quarter of them at a time; 0: not
+            "short_context": 0,
+            "part": 64,  # batches that are on disk together: a stopped stage goes on behind the last part
+        }
+    )
+    config.analyse = ConfigDict(
+        {
+            "score": "logit",  # longrecipe.impact.SCORES: what ranks the tokens, also for selections by score
+            "top": "position",  # position | overall: where the top fraction is taken
+            "top_fraction": 0.2,
+            "min_lift": 1.2,
+            "classes": "text",  # longrecipe.classing.KINDS; copied: from config.window tokens back
+        }
+    )
     config.methods = ConfigDict()  # name -> method(...), all extended at equal tokens
     config.method = "longrecipe"  # the one that replay and merge go on with
     config.extend = training(steps=104, global_batch_size=96)

@@ -11,34 +11,31 @@
     evaluate evaluation/CHECKPOINT/TASK.json
     report   report/index.html, report/summary.json
 
-Each stage is a function `stage(config, workdir)` and is skipped when it is complete (`workdir.py`), so the same call
-goes on after a stop.
+score, analyse and select are in `choosing.py`. Each stage is a function `stage(config, workdir)` and is skipped when
+it is complete (`workdir.py`), so the same call goes on after a stop.
 """
 
-import functools
 import importlib
 import pathlib
 import time
 
 import jax
-import numpy as np
 from absl import logging
 
-from lrjax import assessment, examples, provenance, sharding, summary
+from lrjax import assessment, choosing, examples, provenance, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import loading, orbax
-from lrjax.data.records import write_records
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.longrecipe import impact, merging, scoring, selection
-from lrjax.models.flops import forward_flops
+from lrjax.longrecipe import merging
 from lrjax.models.llama import LlamaConfig, abstract_params, init_params
 from lrjax.run import (
     checkpoint,
     data_paths,
     load_checkpoint,
     mixture,
+    on_first_process,
     open_data,
     open_mesh,
     open_tokenizer,
@@ -46,8 +43,6 @@ from lrjax.run import (
 )
 from lrjax.training.loop import train
 from lrjax.training.state import shardings_of
-
-LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
 
 # ------------------------------------------------------------------------------------------- running
 
@@ -83,28 +78,6 @@ def _run_stage(config, workdir, name) -> None:
     logging.info("%s: done in %.1f s", name, facts["seconds"])
 
 
-def _on_first_process(function):
-    """Runs what needs no device and writes files; the other processes wait. The workdir is on a disk they share."""
-
-    @functools.wraps(function)
-    def stage(*args, **kwargs):
-        result = function(*args, **kwargs) if jax.process_index() == 0 else None
-        sharding.barrier(function.__name__)
-        return result
-
-    return stage
-
-
-def _write(path, rows) -> None:
-    """Writes records that all processes compute together; the first one writes."""
-    if jax.process_index() == 0:
-        write_records(path, rows)
-    else:
-        for _ in rows:
-            pass
-    sharding.barrier(str(path))
-
-
 # ------------------------------------------------------------------------------------------- import
 
 
@@ -127,7 +100,7 @@ def import_base(config, workdir):
     return _pretrain(config, workdir, tokenizer)
 
 
-@_on_first_process
+@on_first_process
 def _import_data(config, workdir, tokenizer_of_model):
     """data/, tokenizer/ and documents/."""
     if config.data.prepare and not (workdir / "data" / "sources.json").exists():
@@ -255,7 +228,7 @@ def _extend(config, workdir, stage, method, section):
 
 def probe(config, workdir):
     """H': the base after a short extension, on text chosen without scores."""
-    _on_first_process(_write_selection)(
+    on_first_process(choosing.write_selection)(
         config, workdir, "probe", config.probe.method, analysis=None
     )
     return _extend(config, workdir, "probe", config.probe.method, config.probe)
@@ -304,170 +277,15 @@ def merge(config, workdir):
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- score, analyse, select
-
-
-def score(config, workdir):
-    """The change of every token's logit from the base to the probe, on the long samples at plain positions."""
-    base_config, base = load_checkpoint(config, workdir, "base")
-    probe_config, extended = load_checkpoint(config, workdir, "probe")
-    scorer = scoring.make_scorer(base_config, probe_config)
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    count = min(config.score.samples or len(documents), len(documents))
-    length = config.score.length or config.data.source_length or config.target_length
-    batch_size = config.score.batch_size
-
-    def rows():
-        for start in range(0, count, batch_size):
-            batch = [documents[index] for index in range(start, min(start + batch_size, count))]
-            # A short batch or document is filled up with padding (segment 0), which is cut off again.
-            tokens = np.zeros((batch_size, length), np.int32)
-            segment_ids = np.zeros((batch_size, length), np.int32)
-            for row, record in enumerate(batch):
-                ids = record["tokens"][:length]
-                tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-            positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-            scores = jax.device_get(scorer(base, extended, tokens, positions, segment_ids))
-            for row, record in enumerate(batch):
-                used = min(len(record["tokens"]), length)
-                yield {"id": record["id"]} | {
-                    name: values[row, : used - 1] for name, values in scores.items()
-                }
-            logging.info("score: %d of %d samples", min(start + batch_size, count), count)
-
-    _write(workdir / "scores" / "long.array_record", rows())
-    return {
-        "tokens": count * length,
-        "flops": 2 * forward_flops(base_config, count, length),
-    }
-
-
-@_on_first_process
-def analyse(config, workdir):
-    """Significance, the top fraction at each position, and the classes over-represented in it."""
-    tokenizer = open_tokenizer(workdir)
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    scores = examples.open_records(workdir / "scores" / "long.array_record")
-    records = [documents.by_id(record["id"]) for record in scores]
-    length = max(len(record["delta_logit"]) for record in scores)
-    analysis = impact.analyse(
-        delta_NL=impact.stack([record["delta_logit"] for record in scores], length),
-        classes_NL=impact.stack_classes(
-            [record["tokens"][1:] for record in records], tokenizer.token_texts(), length
-        ),
-        marks_NL=impact.stack([record["marks"][1:] for record in records], length),
-        top_fraction=config.analyse.top_fraction,
-        min_lift=config.analyse.min_lift,
-    )
-    wd.write_json(workdir / "scores" / "analysis.json", analysis)
-
-
-@_on_first_process
-def select(config, workdir):
-    """For every method, the sentences it keeps of each long sample, to exactly the training length."""
-    analysis = wd.read_json(workdir / "scores" / "analysis.json")
-    for name in config.methods:
-        method = config.methods[name]
-        if method.positions and method.selection != "at_positions":
-            _write_selection(config, workdir, name, method, analysis)
-
-
-def _write_selection(config, workdir, name, method, analysis) -> None:
-    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index} and maybe weights."""
-    if method.selection == "at_positions":
-        return
-    documents = examples.open_records(workdir / "documents" / "long.array_record")
-    texts = open_tokenizer(workdir).token_texts()
-    table = impact.token_classes(texts)
-    anchors = None
-    if method.selection == "anchor":
-        if not analysis["anchors"]:
-            raise UserError(
-                f"methods.{name}: selection 'anchor' has nothing to hold on to: {analysis['flat']}"
-            )
-        anchors = np.isin(table, [impact.CLASS_NAMES.index(a) for a in analysis["anchors"]])
-    digits = np.asarray([any(c.isdigit() for c in text) for text in texts])
-    scores, top = None, None
-    if method.selection in ("score", "top") or method.weighting:
-        scores = examples.open_records(workdir / "scores" / "long.array_record")
-    if method.selection == "top":
-        top = _top_tokens(scores, documents, method.top_fraction or config.analyse.top_fraction)
-
-    def rows():
-        for record in documents:
-            tokens, how, wanted, overflow = record["tokens"], method.selection, None, "first"
-            if anchors is not None:
-                wanted = anchors[tokens]
-            if (
-                top is not None
-            ):  # when more is wanted than fits, what stays must not depend on its place
-                how, wanted, overflow = "anchor", top[record["id"]], "random"
-            kept = selection.select(
-                how, record["segment_lengths"], method.train_length or config.train_length,
-                rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
-                anchor_mask_L=wanted, digit_mask_L=digits[tokens], overflow=overflow,
-                delta_L=_change(scores, record, "delta_logit") if how == "score" else None,
-            )  # fmt: skip
-            index, lengths = kept.token_index, kept.segment_lengths
-            if method.shuffle:
-                rng = examples.rng_of(config.seed, f"{record['id']} shuffled")
-                index, lengths = examples.shuffled(index, lengths, rng)
-            row = {
-                "id": record["id"],
-                "tokens": tokens[index],
-                "segment_lengths": lengths,
-                "marks": record["marks"][index],
-                "token_index": index,
-            }
-            if method.weighting == "longce":
-                change_L = _change(scores, record, "delta_logprob")
-                row["weights"] = np.minimum(np.exp(change_L[index]), LONGCE_LIMIT)
-            yield row
-
-    write_records(workdir / "selected" / f"{name}.array_record", rows())
-
-
-def _top_tokens(scores, documents, fraction: float) -> dict[str, np.ndarray]:
-    """{document id: which of its tokens are in the top fraction of the documents at their place}."""
-    delta = {
-        record["id"]: _change(scores, record, "delta_logit", filling=-np.inf)
-        for record in documents
-    }
-    if fraction == 1:
-        return {id_: np.ones(len(delta_L), bool) for id_, delta_L in delta.items()}
-    lengths_N = np.asarray([len(delta_L) for delta_L in delta.values()])
-    delta_NL = np.full((len(delta), lengths_N.max()), -np.inf, np.float32)
-    for row, delta_L in enumerate(delta.values()):
-        delta_NL[row, : len(delta_L)] = delta_L
-    valid_NL = np.isfinite(delta_NL)
-    top_NL = impact.top_fraction_per_position(np.where(valid_NL, delta_NL, 0), fraction, valid_NL)
-    return {id_: top_NL[row, : lengths_N[row]] for row, id_ in enumerate(delta)}
-
-
-def _change(scores, record, name: str, filling: float = 0.0):
-    """What scoring changed for the tokens of a whole sample; the first one is predicted by nothing: `filling`."""
-    if record["id"] not in scores.ids:
-        raise UserError(
-            f"selection or weighting by scores: sample {record['id']!r} has none; set config.score.samples=0 (all)"
-        )
-    change = scores.by_id(record["id"])[name]
-    if len(change) + 1 != len(record["tokens"]):
-        raise UserError(
-            f"selection or weighting by scores: sample {record['id']!r} has {len(record['tokens'])} tokens, of "
-            f"which {len(change) + 1} are scored; set config.score.length=0 (all)"
-        )
-    return np.concatenate([[filling], change]).astype(np.float32)
-
-
 STAGES = {
     "import": import_base,
     "probe": probe,
-    "score": score,
-    "analyse": analyse,
-    "select": select,
+    "score": choosing.score,
+    "analyse": choosing.analyse,
+    "select": choosing.select,
     "extend": extend,
     "replay": replay,
     "merge": merge,
     "evaluate": assessment.evaluate,
-    "report": _on_first_process(summary.write),
+    "report": on_first_process(summary.write),
 }

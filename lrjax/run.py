@@ -1,7 +1,10 @@
 """What the stages of a run share: its checkpoints, mesh, tokenizer and data, found by name."""
 
 import dataclasses
+import functools
 import pathlib
+
+import jax
 
 from lrjax import examples, sharding
 from lrjax import workdir as wd
@@ -11,6 +14,18 @@ from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig, abstract_params
 from lrjax.training.state import shardings_of
+
+
+def on_first_process(function):
+    """Runs what needs no device and writes files; the other processes wait. The workdir is on a disk they share."""
+
+    @functools.wraps(function)
+    def stage(*args, **kwargs):
+        result = function(*args, **kwargs) if jax.process_index() == 0 else None
+        sharding.barrier(function.__name__)
+        return result
+
+    return stage
 
 
 def checkpoint(workdir, name: str) -> pathlib.Path:

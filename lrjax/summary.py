@@ -7,6 +7,7 @@ from lrjax import examples
 from lrjax import workdir as wd
 from lrjax.assessment import checkpoints_to_evaluate
 from lrjax.checkpoints import orbax
+from lrjax.choosing import open_classes
 from lrjax.evaluation import suite
 from lrjax.longrecipe import impact, positions
 from lrjax.reporting.report import write_report
@@ -188,14 +189,15 @@ def _loss_panels(config) -> dict:
 def _impact_documents(config, workdir) -> list[dict]:
     """The first scored documents, their tokens with their change of logit."""
     texts = open_tokenizer(workdir).token_texts()
-    table = impact.token_classes(texts)
+    classes = open_classes(config, workdir)
     scores = examples.open_records(workdir / "scores" / "long.array_record")
     documents = examples.open_records(workdir / "documents" / "long.array_record")
     rows = [scores[index] for index in range(len(scores))]
-    length = max(len(row["delta_logit"]) for row in rows)
-    delta_NL = impact.stack([row["delta_logit"] for row in rows], length)
-    valid_NL = np.arange(length) < np.asarray([len(row["delta_logit"]) for row in rows])[:, None]
-    top_NL = impact.top_fraction_per_position(delta_NL, config.analyse.top_fraction, valid_NL)
+    changes = [impact.score_of(row, config.analyse.score) for row in rows]
+    length = max(map(len, changes))
+    delta_NL = impact.stack(changes, length)
+    valid_NL = np.arange(length) < np.asarray([len(change) for change in changes])[:, None]
+    top_NL = impact.TOPS[config.analyse.top](delta_NL, config.analyse.top_fraction, valid_NL)
     shown = []
     for index in range(min(3, len(rows))):
         record = documents.by_id(rows[index]["id"])
@@ -207,9 +209,9 @@ def _impact_documents(config, workdir) -> list[dict]:
                 "id": record["id"],
                 "tokens": surface,
                 # The first token is predicted by nothing.
-                "scores": [None, *map(float, rows[index]["delta_logit"][: count - 1])],
+                "scores": [None, *map(float, changes[index][: count - 1])],
                 "top": [False, *map(bool, top_NL[index, : count - 1])],
-                "classes": [impact.CLASS_NAMES[table[token]] for token in ids],
+                "classes": [classes.names[c] for c in classes.of(record)[:count]],
                 "marks": [bool(mark) for mark in record["marks"][:count]],
                 # A vocabulary of whole words keeps no spaces of its own.
                 "separator": "" if any(text.startswith(" ") for text in texts) else " ",

@@ -14,8 +14,8 @@ import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lrjax import choosing, examples, experiment, results
 from lrjax import config as config_lib
-from lrjax import examples, experiment, recipe, results
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.evaluation.statistics import paired, t_interval
@@ -141,7 +141,7 @@ def test_top_selection_and_longce_weights(tmp_path):
     config = config_lib.default()
     config.update(train_length=3, target_length=12)
     method = config_lib.method("top", "longrecipe", top_fraction=0.1, weighting="longce")
-    recipe._write_selection(config, tmp_path, "top", method, analysis=None)
+    choosing.write_selection(config, tmp_path, "top", method, analysis=None)
     selected = RecordFile(tmp_path / "selected" / "top.array_record")
     for number, row in enumerate(selected):
         index = row["token_index"]

@@ -22,6 +22,26 @@ def test_significance_is_the_signed_sum_over_samples():
     np.testing.assert_allclose(impact.significance(delta_NL), [1.5, -3.0, 3.0])
 
 
+def test_other_statistics_of_the_change():
+    delta_NL = np.array([[1.0, -2.0, np.nan], [0.5, 1.0, 3.0]], np.float32)
+    np.testing.assert_allclose(impact.significance(delta_NL, "mean"), [0.75, -0.5, 3.0])
+    np.testing.assert_allclose(impact.significance(delta_NL, "absolute"), [0.75, 1.5, 3.0])
+    record = {"id": "a", "delta_logit": np.float32([-1, 2]), "delta_centred": np.float32([3, 4])}
+    assert impact.score_of(record, "absolute").tolist() == [1, 2]
+    assert impact.score_of(record, "centred").tolist() == [3, 4]
+    with pytest.raises(UserError, match=r"'a' was scored without it; set config.score.kl=True"):
+        impact.score_of(record, "kl")
+    with pytest.raises(UserError, match=r"analyse\.score 'best': allowed: logit, absolute"):
+        impact.score_of(record, "best")
+
+
+def test_top_fraction_of_all_tokens():
+    delta_NL = np.array([[5, 4, 1], [3, 0, 9]], np.float32)
+    valid_NL = np.array([[True, True, True], [True, True, False]])
+    top_NL = impact.top_fraction_overall(delta_NL, 0.4, valid_NL)
+    np.testing.assert_array_equal(top_NL, [[True, True, False], [False, False, False]])
+
+
 @pytest.mark.parametrize(
     ("samples", "fraction", "count"),
     [(5, 0.2, 1), (6, 0.2, 2), (1, 0.2, 1), (10, 0.3, 3), (100, 0.07, 7)],

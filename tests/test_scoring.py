@@ -57,11 +57,15 @@ def test_values_against_plain_logits(models, chunk):
     segment_ids_BL[1, 9:] = 2
     segment_ids_BL[1, 20:] = 0
     inputs = (tokens_BL, positions_BL, segment_ids_BL)
-    found = scoring.make_scorer(CONFIG, EXTENDED, chunk)(base[1], extended[1], *inputs)
+    found = scoring.make_scorer(CONFIG, EXTENDED, chunk, kl=True)(base[1], extended[1], *inputs)
 
     (logit, mean, logprob), (logit2, mean2, logprob2) = (
         plain(base, *inputs),
         plain(extended, *inputs),
+    )
+    p_BLV, q_BLV = (
+        jax.nn.log_softmax(head.logits(params, hidden(config, params, *inputs)))[:, :-1]
+        for config, params in (extended, base)
     )
     valid = np.ones((2, 22), bool)
     valid[1, 8] = False  # the first token of the second document
@@ -73,6 +77,7 @@ def test_values_against_plain_logits(models, chunk):
         "delta_logprob": logprob2 - logprob,
         "logprob_base": logprob,
         "logprob_extended": logprob2,
+        "kl": jnp.sum(jnp.exp(p_BLV) * (p_BLV - q_BLV), axis=-1),
     }.items():
         assert found[name].dtype == jnp.float32
         np.testing.assert_allclose(
@@ -125,7 +130,7 @@ def test_never_holds_all_logits(monkeypatch):
     scoring.make_scorer.cache_clear()
     array_BL = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     params = abstract_params(CONFIG)
-    traced = scoring.make_scorer(CONFIG, EXTENDED).trace(params, params, *[array_BL] * 3)
+    traced = scoring.make_scorer(CONFIG, EXTENDED, kl=True).trace(params, params, *[array_BL] * 3)
     with_vocabulary = [shape for shape in shapes(traced.jaxpr.jaxpr) if CONFIG.vocab_size in shape]
     assert (2, 8, 97) in with_vocabulary  # the chunk itself, so the walk does look inside
     assert max(np.prod(shape) for shape in with_vocabulary) <= 2 * 8 * 97

@@ -21,6 +21,8 @@ def documents(draw):
         "delta_L": np.array(
             draw(st.lists(st.floats(-9, 9, width=32), min_size=total, max_size=total)), np.float32
         ),
+        # Any earlier token, or -1.
+        "source_L": np.array([draw(st.integers(-1, index - 1)) for index in range(total)]),
     }
 
 
@@ -114,6 +116,37 @@ def test_score_takes_the_largest_change(document, seed):
         assert min(best[s] for s in kept_sentences) >= max(best[s] for s in left_out)
 
 
+@settings(max_examples=40, deadline=None)
+@given(document=documents(), seed=st.integers(0, 999))
+def test_linked_brings_the_sources_along(document, seed):
+    """A whole sentence that is kept has all its sources kept, but for those that the budget cuts off at the end."""
+    lengths, sentences = document["segment_lengths_S"], sentence_of(document)
+    kept = select("linked", **document, rng=np.random.default_rng(seed))
+    best = [document["delta_L"][sentences == s].max() for s in range(len(lengths))]
+    order = []
+    for s in sorted(range(len(lengths)), key=lambda s: -best[s]):
+        sources = document["source_L"][sentences == s]
+        for wanted in (s, *sorted(set(sentences[sources[sources >= 0]]))):
+            if wanted not in order:
+                order.append(wanted)
+    left, expected = document["budget"], {}
+    for s in order:
+        if left:
+            expected[s] = min(left, lengths[s])
+            left -= expected[s]
+    np.testing.assert_array_equal(kept.segment_lengths, [expected[s] for s in sorted(expected)])
+
+
+def test_weighted_draws_in_proportion_to_the_rise():
+    delta_L = np.repeat([3.0, 1.0, -5.0, 0.0], 2)
+    counts = np.zeros(4)
+    for seed in range(800):
+        rng = np.random.default_rng(seed)
+        counts[select("weighted", [2] * 4, 2, rng=rng, delta_L=delta_L).token_index[0] // 2] += 1
+    assert counts[2] == counts[3] == 0
+    assert counts[0] == pytest.approx(600, abs=5 * np.sqrt(800 * 3 / 16))
+
+
 def test_first_is_the_start_of_the_text():
     kept = select("first", [4, 3, 5], 6, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(kept.token_index, np.arange(6))
@@ -144,12 +177,17 @@ def test_random_and_random_overflow_reach_every_sentence():
             "essay#3: sentence lengths must be positive integers, got 0",
         ),
         ({"budget": 0}, "budget is 0"),
-        ({"method": "best"}, "method 'best'; allowed: anchor, digits, score, random, first"),
+        (
+            {"method": "best"},
+            "method 'best'; allowed: anchor, digits, score, linked, weighted, random, first",
+        ),
         ({"overflow": "last"}, "overflow 'last'; allowed: first, random"),
         ({"anchor_mask_L": None}, "essay#3: selection 'anchor' needs anchor_mask_L"),
         ({"anchor_mask_L": np.ones(11, bool)}, r"anchor_mask_L has shape \(11,\), .* 12 tokens"),
         ({"method": "digits"}, "'digits' needs digit_mask_L"),
         ({"method": "score"}, "'score' needs delta_L"),
+        ({"method": "weighted"}, "'weighted' needs delta_L"),
+        ({"method": "linked", "delta_L": np.zeros(12)}, "'linked' needs source_L"),
         (
             {"method": "score", "delta_L": np.where(np.arange(12) == 4, np.nan, 0.0)},
             "essay#3: delta_L is NaN at token 4",

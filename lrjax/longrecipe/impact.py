@@ -1,10 +1,13 @@
 """Impactful tokens: whose logit rises when the window grows, and which classes of tokens they belong to.
 
-    delta_NL     per-token change of logit, N long samples by L positions (of `scoring`)
+    delta_NL     per-token score, N long samples by L positions: SCORES says which there are
     top_NL   =   top_fraction_per_position(delta_NL)          the top 20 % of the samples at each position
     table_V  =   token_classes(tokenizer.token_texts())       a class for every token id, by its text alone
     lifts    =   class_lift(table_V[tokens_NL], top_NL)       is a class more frequent in the top than elsewhere?
     anchors  =   anchor_classes(lifts)                        the classes that selection holds on to
+
+Classes by text need no tagger; `classing.py` has others (parts of speech, copied from afar). How often a class is in
+the top at each position, and whether the change is flat, say `frequency.py`.
 
 `analyse` does it all and returns what `scores/analysis.json` holds. Samples of different lengths are stacked with
 `stack` and `stack_classes`; class -1 marks what is not there. The paper (arXiv 2409.00509, section 3) counts
@@ -21,7 +24,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8
 
 from lrjax.errors import UserError
+from lrjax.longrecipe import frequency
 
+# How tokens are ranked, from a record of scores ({delta_logit [L-1], ...}, of `scoring.py` and `contrast.py`).
+SCORES = {
+    "logit": lambda record: record["delta_logit"],  # the paper's: raw, signed
+    "absolute": lambda record: np.abs(record["delta_logit"]),
+    "centred": lambda record: record["delta_centred"],
+    "logprob": lambda record: record["delta_logprob"],
+    "kl": lambda record: record["kl"],
+    "contrast": lambda record: record["contrast"],  # one model, long context against short
+}
 CLASS_NAMES = (
     "number",  # holds a digit
     "capitalised",  # a word, or the start of one, with a capital letter first
@@ -37,14 +50,54 @@ _PUNCTUATION = frozenset(
 )
 _CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")  # <s>, <|im_end|>, [PAD]
 _REPLICATES = 2000
+# White space, control tokens, what a tagger left over (SPACE, X), text that is not copied.
+NO_CONTENT = ("space", "other", "SPACE", "X", "new")
 
 
 # ------------------------------------------------------------------------------------------------------- the top
 
 
-def significance(delta_NL: Float[np.ndarray, "N L"]) -> Float[np.ndarray, "L"]:
-    """Equation 3: the change of logit summed over the samples, signed; NaN (no such token) counts 0."""
-    return np.nansum(delta_NL, axis=0, dtype=np.float64)
+def score_of(record, name: str) -> Float[np.ndarray, "L-1"]:
+    """The score `name` of `SCORES` of a record. Raises `UserError` for an unknown one, or one that was not computed."""
+    if name not in SCORES:
+        raise UserError(f"analyse.score {name!r}: allowed: {', '.join(SCORES)}")
+    try:
+        return SCORES[name](record)
+    except KeyError as error:
+        remedy = {"kl": "score.kl=True", "contrast": "score.short_context"}[name]
+        raise UserError(
+            f"analyse.score {name!r}: sample {record.get('id')!r} was scored without it; set config.{remedy}"
+        ) from error
+
+
+def significance(
+    delta_NL: Float[np.ndarray, "N L"], statistic: str = "sum"
+) -> Float[np.ndarray, "L"]:
+    """Equation 3: the change of logit over the samples at each position; NaN is no token there.
+
+    Args:
+        statistic: "sum" (the paper's, signed), "mean" over the samples that have a token there, "absolute" (the mean
+            size, either sign).
+    """
+    if statistic == "sum":
+        return np.nansum(delta_NL, axis=0, dtype=np.float64)
+    if statistic not in ("mean", "absolute"):
+        raise UserError(f"significance {statistic!r}: allowed: sum, mean, absolute")
+    values_NL = np.abs(delta_NL) if statistic == "absolute" else delta_NL
+    count_L = np.maximum(np.count_nonzero(~np.isnan(delta_NL), axis=0), 1)
+    return np.nansum(values_NL, axis=0, dtype=np.float64) / count_L
+
+
+def top_fraction_overall(
+    delta_NL: Float[np.ndarray, "N L"], fraction: float = 0.2, valid_NL=None
+) -> Bool[np.ndarray, "N L"]:
+    """The ceil(fraction * n) largest of all n changes, wherever they stand; ties go to the earlier token.
+
+    Raises as `top_fraction_per_position`.
+    """
+    flat = np.ravel(np.asarray(delta_NL))[:, None]
+    valid = None if valid_NL is None else np.ravel(valid_NL)[:, None]
+    return top_fraction_per_position(flat, fraction, valid).reshape(np.shape(delta_NL))
 
 
 def top_fraction_per_position(
@@ -70,6 +123,8 @@ def top_fraction_per_position(
     count_L = np.ceil(fraction * valid_NL.sum(axis=0) - 1e-9)
     return (rank_NL < count_L) & valid_NL
 
+
+TOPS = {"position": top_fraction_per_position, "overall": top_fraction_overall}
 
 # --------------------------------------------------------------------------------------------------- the classes
 
@@ -111,19 +166,25 @@ def stack(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     return stacked
 
 
+def stack_rows(rows: Sequence[np.ndarray], length: int) -> Int8[np.ndarray, "N L"]:
+    """Rows of classes, [N, length]; -1 where a row has no more tokens."""
+    classes_NL = np.full((len(rows), length), -1, np.int8)
+    for index, row in enumerate(rows):
+        classes_NL[index, : min(len(row), length)] = row[:length]
+    return classes_NL
+
+
 def stack_classes(
     token_rows: Sequence[np.ndarray], token_texts: Sequence[str], length: int
 ) -> Int8[np.ndarray, "N L"]:
-    """The class of every token, [N, length]; -1 where a row has no more tokens."""
+    """The class by text of every token, [N, length]; -1 where a row has no more tokens."""
     table_V = token_classes(token_texts)
-    classes_NL = np.full((len(token_rows), length), -1, np.int8)
     for index, tokens in enumerate(token_rows):
         if len(tokens) and max(tokens) >= len(table_V):
             raise UserError(
                 f"sample {index}: token id {max(tokens)}; the tokenizer has ids 0 to {len(table_V) - 1}"
             )
-        classes_NL[index, : min(len(tokens), length)] = table_V[tokens[:length]]
-    return classes_NL
+    return stack_rows([table_V[tokens] for tokens in token_rows], length)
 
 
 # ------------------------------------------------------------------------------------------- over-representation
@@ -146,6 +207,7 @@ def class_lift(
     classes_NL: Int8[np.ndarray, "N L"],
     top_NL: Bool[np.ndarray, "N L"],
     *,
+    names: Sequence[str] = CLASS_NAMES,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[ClassLift]:
@@ -161,7 +223,7 @@ def class_lift(
     """
     valid_NL = classes_NL >= 0
     top_NL = top_NL & valid_NL
-    one_hot = [(classes_NL == index) for index in range(len(CLASS_NAMES))]
+    one_hot = [(classes_NL == index) for index in range(len(names))]
     all_NC = np.stack([member_NL.sum(axis=1) for member_NL in one_hot], axis=1)
     top_NC = np.stack([(member_NL & top_NL).sum(axis=1) for member_NL in one_hot], axis=1)
     if not top_NC.sum():
@@ -189,7 +251,7 @@ def class_lift(
         share_all, share_top = all_C[index] / all_C.sum(), top_C[index] / top_C.sum()
         found.append(
             ClassLift(
-                name=CLASS_NAMES[index],
+                name=names[index],
                 count=int(all_C[index]),
                 share_all=float(share_all),
                 share_top=float(share_top),
@@ -220,12 +282,12 @@ def _wilson(successes, trials, tail):
 def anchor_classes(lifts: Sequence[ClassLift], min_lift: float = 1.2) -> list[str]:
     """The classes whose lift is above `min_lift` and whose interval is above 1; [] if the change is flat.
 
-    "space" and "other" are never anchors: they are no content of a sentence.
+    Those of `NO_CONTENT` are never anchors: they are no content of a sentence.
     """
     return [
         lift.name
         for lift in lifts
-        if lift.lift > min_lift and lift.low > 1 and lift.name not in ("space", "other")
+        if lift.lift > min_lift and lift.low > 1 and lift.name not in NO_CONTENT
     ]
 
 
@@ -268,6 +330,8 @@ def analyse(
     classes_NL: Int8[np.ndarray, "N L"],
     marks_NL=None,
     *,
+    names: Sequence[str] = CLASS_NAMES,
+    top: str = "position",
     top_fraction: float = 0.2,
     min_lift: float = 1.2,
     buckets: int = 32,
@@ -276,17 +340,22 @@ def analyse(
 
     Args:
         delta_NL, classes_NL: as `stack` and `stack_classes` make them.
+        names: of the classes.
+        top: "position": the top fraction of the samples at each position (the paper's); "overall": of all tokens.
         marks_NL: known long-range answers, to validate the scorer; none set: no `validation`.
-        buckets: position ranges over which `significance` is averaged.
+        buckets: position ranges over which `significance` and `frequency` are averaged.
 
     Returns:
         samples, tokens, top_fraction, min_lift; classes: rows of `ClassLift` with interval and anchor; anchors: their
         names; flat: None, or the line that says why there are none; significance: equation 3 by range of positions;
-        validation: AUC of the change for the marks, their recall in the top, their number.
+        frequency: share of each class in the top by range (`frequency.class_frequency`); flatness:
+        `frequency.flatness`; validation: AUC of the change for the marks, their recall in the top, their number.
     """
+    if top not in TOPS:
+        raise UserError(f"analyse.top {top!r}: allowed: {', '.join(TOPS)}")
     valid_NL = classes_NL >= 0
-    top_NL = top_fraction_per_position(delta_NL, top_fraction, valid_NL)
-    lifts = class_lift(classes_NL, top_NL)
+    top_NL = TOPS[top](delta_NL, top_fraction, valid_NL)
+    lifts = class_lift(classes_NL, top_NL, names=names)
     anchors = anchor_classes(lifts, min_lift)
     rows = []
     for lift in lifts:
@@ -308,6 +377,8 @@ def analyse(
             "start": [int(r[0]) + 1 for r in ranges],
             "mean": [float(delta_L[r].mean()) for r in ranges],
         },
+        "frequency": frequency.class_frequency(classes_NL, top_NL, names, buckets=buckets),
+        "flatness": frequency.flatness(delta_NL, classes_NL, top_NL),
     }
     marks_NL = np.zeros(valid_NL.shape, bool) if marks_NL is None else marks_NL.astype(bool)
     if (marks_NL & valid_NL).any():

@@ -5,9 +5,10 @@ The model before extension and the one after it read the same prefix; per token,
     delta_logit    the raw logit of the token that came:  S_H'(x_t | x_<t) - S_H(x_t | x_<t)    (the paper's)
     delta_centred  the same after subtracting each model's mean logit over the vocabulary
     delta_logprob  its log-probability
+    kl             how far the whole distribution moved, KL(p_H' || p_H) in nats; only where it is asked for
 
 Raw logits are defined up to a constant per context, which training can move for all tokens alike; the other
-two do not see it.
+three do not see it. `impact.SCORES` says how tokens are ranked by these; `contrast.py` scores with one model alone.
 
     scorer = make_scorer(config_base, config_extended)
     changes = scorer(params_base, params_extended, tokens_BL, positions_BL, segment_ids_BL)
@@ -26,7 +27,7 @@ from jaxtyping import Array, Int
 
 from lrjax import sharding
 from lrjax.errors import UserError
-from lrjax.models.head import token_stats
+from lrjax.models.head import kl_divergence, token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 
 # Numbers of one chunk of logits: 64 MiB in float32, of which the compiler keeps a few copies.
@@ -35,18 +36,22 @@ CHUNK_ELEMENTS = 2**24
 
 @functools.lru_cache(maxsize=8)
 def make_scorer(
-    config_base: LlamaConfig, config_extended: LlamaConfig, chunk: int | None = None
+    config_base: LlamaConfig,
+    config_extended: LlamaConfig,
+    chunk: int | None = None,
+    kl: bool = False,
 ) -> Callable[..., dict[str, Array]]:
     """The jitted scorer of two models, which may differ in all but the vocabulary (as a rule: in rope_theta).
 
     Args:
         chunk: indices of L whose logits exist at a time; default: as many as `CHUNK_ELEMENTS` allows.
+        kl: also the divergence, which computes the logits of both models once more.
 
     Returns:
         `scorer(params_base, params_extended, tokens_BL, positions_BL, segment_ids_BL)`, a dict of arrays
         [B, L-1] whose index t-1 is about token t given the tokens before it: delta_logit, delta_centred,
-        delta_logprob, logprob_base, logprob_extended (float32) and valid (bool). Padding (segment 0) and the
-        first token of a document have no prefix of their own: not valid, all values 0.
+        delta_logprob, logprob_base, logprob_extended, kl if asked (float32) and valid (bool). Padding (segment 0) and
+        the first token of a document have no prefix of their own: not valid, all values 0.
 
     Raises:
         UserError: the vocabularies differ.
@@ -60,8 +65,8 @@ def make_scorer(
     @jax.jit
     def scorer(params_base, params_extended, tokens_BL, positions_BL, segment_ids_BL):
         inputs = (tokens_BL, positions_BL, segment_ids_BL)
-        base = _token_stats(config_base, params_base, *inputs, chunk)
-        extended = _token_stats(config_extended, params_extended, *inputs, chunk)
+        base_BLD, base = _token_stats(config_base, params_base, *inputs, chunk)
+        extended_BLD, extended = _token_stats(config_extended, params_extended, *inputs, chunk)
         valid = (segment_ids_BL[:, 1:] == segment_ids_BL[:, :-1]) & (segment_ids_BL[:, 1:] > 0)
         changes = {
             "delta_logit": extended["logit"] - base["logit"],
@@ -71,6 +76,11 @@ def make_scorer(
             "logprob_base": base["logprob"],
             "logprob_extended": extended["logprob"],
         }
+        if kl:
+            size = chunk or _chunk(config_base, tokens_BL)
+            changes["kl"] = kl_divergence(
+                params_extended, extended_BLD, params_base, base_BLD, size
+            )
         changes = {name: jnp.where(valid, value, 0.0) for name, value in changes.items()}
         # Whole on every process: the first one writes them.
         return jax.tree.map(
@@ -81,7 +91,7 @@ def make_scorer(
 
 
 def score(
-    base, extended, tokens_BL: Int[Array, "B L"], positions_BL=None, segment_ids_BL=None
+    base, extended, tokens_BL: Int[Array, "B L"], positions_BL=None, segment_ids_BL=None, kl=False
 ) -> dict[str, np.ndarray]:
     """Scores texts with two `(config, params)` pairs; see `make_scorer` for what comes back (as numpy).
 
@@ -96,7 +106,7 @@ def score(
     tokens_BL = np.asarray(tokens_BL)
     if tokens_BL.ndim != 2 or tokens_BL.shape[1] < 2:
         raise UserError(f"scoring: tokens have shape {tokens_BL.shape}; needed: [B, L] with L >= 2")
-    scorer = make_scorer(config_base, config_extended)
+    scorer = make_scorer(config_base, config_extended, kl=kl)
     outside = (tokens_BL < 0) | (tokens_BL >= config_base.vocab_size)
     if outside.any():
         row, index = np.argwhere(outside)[0]
@@ -113,7 +123,12 @@ def score(
 
 
 def _token_stats(config, params, tokens_BL, positions_BL, segment_ids_BL, chunk):
+    """The hidden states [B, L-1, D] that predict a token, and what `head.token_stats` says of it."""
     if chunk is None and not sharding.current().split:
-        chunk = max(1, CHUNK_ELEMENTS // (tokens_BL.shape[0] * config.vocab_size))
-    x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
-    return token_stats(params, x_BLD[:, :-1], tokens_BL[:, 1:], chunk=chunk)
+        chunk = _chunk(config, tokens_BL)
+    x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)[:, :-1]
+    return x_BLD, token_stats(params, x_BLD, tokens_BL[:, 1:], chunk=chunk)
+
+
+def _chunk(config, tokens_BL) -> int:
+    return max(1, CHUNK_ELEMENTS // (tokens_BL.shape[0] * config.vocab_size))

@@ -6,13 +6,15 @@
 Every method is an order in which sentences are admitted; whatever the order, the admitted sentences stay in
 the order of the text, and the last one admitted is cut so that the budget is met exactly.
 
-| method | order of admission                                                                                     |
-|--------|--------------------------------------------------------------------------------------------------------|
-| anchor | sentences that hold an anchor token, from the start of the text; then the others at random             |
-| digits | the released code's rule: sentences with a digit and half of the others, from the start; then the rest |
-| score  | by the largest change of logit in the sentence                                                         |
-| random | at random                                                                                              |
-| first  | from the start                                                                                         |
+| method   | order of admission                                                                                     |
+|----------|--------------------------------------------------------------------------------------------------------|
+| anchor   | sentences that hold an anchor token, from the start of the text; then the others at random             |
+| digits   | the released code's rule: sentences with a digit and half of the others, from the start; then the rest |
+| score    | by the largest change of logit in the sentence                                                         |
+| linked   | the same, each with the sentences that its tokens are repeated from (`references.copies`)              |
+| weighted | drawn one by one, with a probability in proportion to the sentence's mean rise of logit                |
+| random   | at random                                                                                              |
+| first    | from the start                                                                                         |
 
 The paper (arXiv 2409.00509, section 3) removes sentences without an anchor type, keeps the order and takes
 the budget; which ones go when more remain is not stated: `overflow` is "first" (the default) or "random".
@@ -26,7 +28,7 @@ from jaxtyping import Bool, Float, Int32
 
 from lrjax.errors import UserError
 
-METHODS = ("anchor", "digits", "score", "random", "first")
+METHODS = ("anchor", "digits", "score", "linked", "weighted", "random", "first")
 OVERFLOWS = ("first", "random")
 KEEP_PLAIN = (
     0.5  # the released code keeps a sentence without a digit with this probability (its r = 0.6)
@@ -50,16 +52,19 @@ def select(
     anchor_mask_L: Bool[np.ndarray, "L"] | None = None,
     digit_mask_L: Bool[np.ndarray, "L"] | None = None,
     delta_L: Float[np.ndarray, "L"] | None = None,
+    source_L: Int32[np.ndarray, "L"] | None = None,
     overflow: str = "first",
     document_id: str = "document",
 ) -> Selection:
     """Keeps exactly `budget` tokens of a document.
 
     Args:
-        method: one of `METHODS`; anchor needs `anchor_mask_L`, digits `digit_mask_L`, score `delta_L`.
+        method: one of `METHODS`; anchor needs `anchor_mask_L`, digits `digit_mask_L`, score, linked and weighted
+            `delta_L`, linked also `source_L`.
         segment_lengths_S: tokens of each sentence, with sum L.
         anchor_mask_L, digit_mask_L: which tokens are of an anchor class, hold a digit.
         delta_L: change of logit of each token (any low value for the first, which nothing predicts).
+        source_L: the earlier token that each token repeats; -1 for none.
         overflow: which sentences with an anchor are left out when not all fit: the last ones or random ones.
         document_id: names the document in errors.
 
@@ -75,8 +80,8 @@ def select(
     starts_S = np.cumsum(lengths_S) - lengths_S
     count = len(lengths_S)
 
-    def per_sentence(values_L, name):
-        """The largest value in each sentence."""
+    def per_sentence(values_L, name, reduce=np.maximum):
+        """The largest value in each sentence, or another reduction."""
         if values_L is None:
             raise UserError(f"{document_id}: selection '{method}' needs {name}")
         values_L = np.asarray(values_L)
@@ -88,7 +93,7 @@ def select(
             raise UserError(
                 f"{document_id}: {name} is NaN at token {np.argmax(np.isnan(values_L))}"
             )
-        return np.maximum.reduceat(values_L, starts_S)
+        return reduce.reduceat(values_L, starts_S)
 
     wanted_S = np.ones(count, bool)
     if method == "anchor":
@@ -98,8 +103,17 @@ def select(
         wanted_S = per_sentence(digit_mask_L, "digit_mask_L").astype(bool)
         wanted_S |= rng.random(count) < KEEP_PLAIN
         order = _wanted_first(wanted_S, rng)
-    elif method == "score":
+    elif method in ("score", "linked"):
         order = np.argsort(-per_sentence(delta_L, "delta_L"), kind="stable")
+        if method == "linked":
+            per_sentence(source_L, "source_L")
+            order = _with_sources(order, np.repeat(np.arange(count), lengths_S), source_L)
+    elif method == "weighted":
+        rise_S = per_sentence(delta_L, "delta_L")  # for its checks
+        rise_S = per_sentence(np.maximum(delta_L, 0.0), "delta_L", np.add) / lengths_S
+        # Sorting u^(1/w) draws without replacement in proportion to w (Efraimidis and Spirakis 2006).
+        with np.errstate(divide="ignore"):
+            order = np.argsort(-np.log(rng.random(count)) / rise_S, kind="stable")
     elif method == "random":
         order = rng.permutation(count)
     else:
@@ -121,6 +135,21 @@ def _wanted_first(wanted_S, rng, shuffle_wanted=False) -> np.ndarray:
     if shuffle_wanted:
         wanted = rng.permutation(wanted)
     return np.concatenate([wanted, rng.permutation(np.flatnonzero(~wanted_S))])
+
+
+def _with_sources(order, sentence_L, source_L) -> np.ndarray:
+    """An order of sentences, with those that a sentence's tokens are repeated from moved up right behind it."""
+    rank_S = np.empty_like(order)
+    rank_S[order] = np.arange(len(order))
+    linked = np.flatnonzero(np.asarray(source_L) >= 0)
+    owner, source = sentence_L[linked], sentence_L[np.asarray(source_L)[linked]]
+    # (rank of the owner, itself before its sources); of a sentence that comes twice the first place counts.
+    rank = np.concatenate([rank_S[order], rank_S[owner]])
+    sentences = np.concatenate([order, source])
+    is_source = np.arange(len(sentences)) >= len(order)
+    sentences = sentences[np.lexsort((is_source, rank))]
+    _, first = np.unique(sentences, return_index=True)
+    return sentences[np.sort(first)]
 
 
 def _admit(lengths_S, order, budget) -> np.ndarray:

@@ -67,6 +67,24 @@ def token_stats(
     return jax.tree.map(lambda a: constrain(a, (None, None)), stats)
 
 
+def kl_divergence(
+    params_p, xp_BLD: Float[Array, "B L D"], params_q, xq_BLD: Float[Array, "B L E"], chunk: int
+) -> Float[Array, "B L"]:
+    """KL(p || q) of the next-token distributions of two models with one vocabulary, float32 in nats.
+
+    `chunk` indices of L have logits at a time, of both models. On a mesh the compiler lays it out.
+    """
+
+    def divergence(xp_BCD, xq_BCD):
+        p_BCV = jax.nn.log_softmax(logits(params_p, xp_BCD))
+        q_BCV = jax.nn.log_softmax(logits(params_q, xq_BCD))
+        return jnp.sum(jnp.exp(p_BCV) * (p_BCV - q_BCV), axis=-1)
+
+    L = xp_BLD.shape[1]
+    chunks = _split(-(-L // -(-L // min(chunk, L))), xp_BLD, xq_BLD)
+    return _join(lax.map(lambda pair: divergence(*pair), chunks))[:, :L]
+
+
 def weighted_cross_entropy(
     params,
     x_BLD: Float[Array, "B L D"],
