@@ -245,6 +245,9 @@ def default() -> ConfigDict:
                     "key_context": 0,  # also LongPPL, key tokens by a short context of so many tokens; 0: not
                 }
             ),
+            # Long Dependency Score of what every method keeps, read by the base in chunks of so many tokens; of so many
+            # documents, 0: not
+            "lds": ConfigDict({"documents": 0, "chunk": 128}),
             # Tasks to run during training (names as below evaluation/CHECKPOINT/), every `every` steps.
             "during": ConfigDict({"tasks": (), "every": 0, "stages": ()}),  # stages: () is all
             # Loss in the original window on data sources, to see what was forgotten: name -> source

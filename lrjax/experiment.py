@@ -264,13 +264,20 @@ def _write(experiment, runs_, out, workdir) -> None:
         "window": complete[0].config.window,
         "arms": list(module.ARMS),
         "claims": list(module.CLAIMS),
-        "runs": [
-            {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
-            | collect(run.config, run.workdir)
-            for run in complete
-        ],
+        "runs": [],
     }
-    wd.write_json(out / f"{experiment.name}{suffix}.json", results)
+    found = [
+        {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
+        | collect(run.config, run.workdir)
+        for run in complete
+    ]
+    # A run is a line: its hundreds of numbers are not for reading.
+    lines = ",\n".join(f"    {json.dumps(run)}" for run in found)
+    text = json.dumps(results, indent=2).replace('"runs": []', f'"runs": [\n{lines}\n  ]')
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f"{experiment.name}{suffix}.json.tmp"
+    temporary.write_text(text + "\n")
+    os.replace(temporary, temporary.with_suffix(""))
 
 
 def collect(config, workdir) -> dict:
@@ -288,6 +295,9 @@ def collect(config, workdir) -> dict:
     if (folder / "merge_curve.json").is_file():
         for point in wd.read_json(folder / "merge_curve.json"):
             rows[f"base_{round(100 * point['base_weight'])}"] = _row(point)
+    if (folder / "lds.json").is_file():
+        for name, score in wd.read_json(folder / "lds.json").items():
+            rows[name]["lds"] = score["mean"]
     stages = [
         wd.read_json(path) for path in (workdir / "stages").glob("*.json") if "-" not in path.stem
     ]

@@ -99,6 +99,8 @@ def _table(results) -> list[str]:
             "tokens",
             "PFLOP",
         ]
+        scored = any("lds" in found[0] for found in rows.values())
+        head += ["LDS"] * scored
         if many:
             lines += [f"**{arm}**", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -114,6 +116,7 @@ def _table(results) -> list[str]:
             cells.append(_number([measure(row, "short_loss", target) for row in found], 2))
             cells.append(f"{found[0]['tokens']:,}" if "tokens" in found[0] else "")
             cells.append(f"{found[0]['flops'] / 1e12:.3g}" if "flops" in found[0] else "")
+            cells += [_number([row.get("lds") for row in found], 2)] * scored
             lines.append("| " + " | ".join(cells) + " |")
         anchors = sorted({", ".join(run["anchors"]) or "none" for run in runs})
         lines += ["", f"Anchor classes that the analysis found: {'; '.join(anchors)}.", ""]

@@ -273,6 +273,7 @@ def change(config, arm):
     }
     config.method = "chosen"
     config.evaluate.niah.lengths = (64, 512)
+    config.evaluate.lds.update(documents=2, chunk=16)
 '''
 
 
@@ -300,6 +301,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     for run in stored["runs"]:
         assert set(run["rows"]) == {"base", "raised_theta", "chosen"}
         assert run["rows"]["chosen"]["tokens"] == 2 * 16 * 154
+        assert run["rows"]["chosen"]["lds"] >= 0
         assert run["made_by"][0]["commit"] and run["made_by"][0]["devices"] == "1 x cpu"
     assert "starting" not in call().stderr  # a second call finds all complete
 

@@ -3,7 +3,8 @@
     python -m lrjax.experiment --config=configs/experiments/coherence.py --seeds=10-14 --workdir=runs/experiments
 
 All at equal tokens and LongRecipe positions, except `full` (whole documents of 512 tokens at plain positions). `whole`
-keeps the first 154 tokens as they are. Shuffled sentences may ask for a fact before it is told.
+keeps the first 154 tokens as they are. Shuffled sentences may ask for a fact before it is told. LDS is
+the Long Dependency Score of the text that a row keeps, in chunks of 16 tokens read by the base.
 """
 
 from configs.experiments import setting
@@ -34,3 +35,5 @@ def _change(config, arm):
         "full": method("at_positions", "full", global_batch_size=5),
     }
     config.method = "selected"
+    # Two chunks fit the base's window; of 100 documents.
+    config.evaluate.lds.update(documents=100, chunk=16)

@@ -95,3 +95,4 @@ def _make_small(config) -> None:
     config.analyse.min_lift = 0.0
     config.evaluate.niah.samples_per_cell = 2
     config.evaluate.short.documents = 4
+    config.evaluate.lds.documents = min(config.evaluate.lds.documents, 2)
