@@ -234,7 +234,7 @@ def make_selector(config, workdir, method: str, analysis, length: int = 0, top_f
             record["segment_lengths"], length or config.train_length,
             rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
             anchor_mask_L=wanted, overflow="random" if method == "top" else "first",
-            digit_mask_L=digits_V[tokens],
+            digit_mask_L=digits_V.take(tokens),
             delta_L=None if scores is None else _score_of(config.analyse.score, scores, record, method),
             source_L=references.copies(tokens) if method == "linked" else None,
         )  # fmt: skip

@@ -52,6 +52,20 @@ def flatten(config, prefix="") -> dict:
     return flat
 
 
+def read_config(workdir) -> ConfigDict:
+    """The config that a run belongs to, from its config.json. Raises `UserError` where there is none."""
+    nested: dict = {}
+    for name, value in read_json(pathlib.Path(workdir) / "config.json").items():
+        section = nested
+        *sections, leaf = name.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[leaf] = value
+    for section in ("rules", "methods"):  # sections that may be empty leave no line
+        nested.setdefault(section, {})
+    return ConfigDict(nested)
+
+
 def claim(workdir, config) -> None:
     """Makes `workdir` the home of `config`, or checks that it is.
 

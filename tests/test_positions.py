@@ -196,6 +196,15 @@ def test_describe_by_brute_force():
     assert described["mean_max"] == pytest.approx((8 + 3) / 2)
 
 
+def test_coverage_by_brute_force():
+    rows = [np.array([0, 1, 9], np.int32), np.array([0, 5], np.int32)]
+    covered = positions.coverage(rows, 10, bins=2)
+    assert covered["positions"] == pytest.approx([3 / 5, 2 / 5])
+    assert covered["distances"] == pytest.approx([1 / 4, 3 / 4])  # 1, 9, 8 and 5
+    with pytest.raises(UserError, match="no positions"):
+        positions.coverage([], 10)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize(
     ("lengths", "target", "message"),

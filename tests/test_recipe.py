@@ -121,6 +121,24 @@ def test_killed_in_extend_and_started_again_gives_the_same_metrics(finished, tmp
 
 
 @pytest.mark.slow
+def test_analyse_says_what_selections_keep(finished):
+    flags = ["--chunk=16", "--documents=12", "--lds_documents=1", "--methods=anchor,first"]
+    command = [sys.executable, "-m", "lrjax.analyse", str(finished), *flags]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((finished / "analysis" / "selections.json").read_text())
+    assert result.stdout.strip() == (finished / "analysis" / "selections.md").read_text().strip()
+    assert set(found["scores"]) == {"logit", "absolute", "centred", "logprob"}
+    for row in found["methods"].values():
+        kept, with_source = row["kept"][0], row["with_source"][0]
+        assert 0 <= with_source <= kept <= 1 and row["kept"][1] <= kept <= row["kept"][2]
+        assert row["references"] > 12 and row["kept_share"] == pytest.approx(154 / 512)
+    # What stands at the start of a document has its source before it.
+    first = found["methods"]["first"]
+    assert first["with_source"] == first["kept"]
+
+
+@pytest.mark.slow
 def test_smollm2_passes_through_every_stage(tmp_path):
     result = run(tmp_path / "run", config="configs/smollm2_135m.py:quick")
     assert result.returncode == 0, result.stderr[-2000:]

@@ -242,6 +242,30 @@ def describe(positions: Iterable[Int32[np.ndarray, "L"]]) -> dict[str, float]:
     return dict(zip(("mean_distance", "mean_run", "mean_max"), map(float, means), strict=True))
 
 
+def coverage(
+    positions: Iterable[Int32[np.ndarray, "L"]], target_length: int, bins: int = 40
+) -> dict[str, list[float]]:
+    """Which positions of the window, and which distances between two tokens of a text, drawn samples reach.
+
+    Returns:
+        `positions`, `distances`: shares over `bins` equal parts of the window, each with sum 1. Distances are of all
+        pairs among at most 400 evenly spaced tokens of each sample.
+    """
+    edges = np.linspace(0, target_length, bins + 1)
+    used, reached = np.zeros((2, bins))
+    for drawn_L in positions:
+        used += np.histogram(drawn_L, edges)[0]
+        few = drawn_L[np.unique(np.linspace(0, len(drawn_L) - 1, 400).astype(int))]
+        first, second = np.triu_indices(len(few), 1)
+        reached += np.histogram(few[second] - few[first], edges)[0]
+    if not used.sum():
+        raise UserError("coverage: no positions were given; at least one array is needed")
+    return {
+        "positions": (used / used.sum()).tolist(),
+        "distances": (reached / max(reached.sum(), 1)).tolist(),
+    }
+
+
 def _slack(lengths, target_length: int) -> int:
     """T - L: the positions of the window that no token gets."""
     return target_length - int(lengths.sum())
@@ -249,7 +273,8 @@ def _slack(lengths, target_length: int) -> int:
 
 def _shifted(lengths, shift) -> Int32[np.ndarray, "L"]:
     """0..L-1 with each segment moved on by its shift."""
-    return (np.arange(lengths.sum()) + np.repeat(shift, lengths)).astype(np.int32)
+    shift = np.asarray(shift, np.int32)
+    return np.arange(lengths.sum(), dtype=np.int32) + np.repeat(shift, lengths)
 
 
 def _in_proportion(lengths, target_length: int, weights) -> Int32[np.ndarray, "L"]:

@@ -123,10 +123,9 @@ def select(
     sentences = np.flatnonzero(kept_S)
     kept_lengths = kept_S[sentences]
     offset = np.cumsum(kept_lengths) - kept_lengths
-    token_index = np.arange(budget) + np.repeat(starts_S[sentences] - offset, kept_lengths)
-    return Selection(
-        token_index.astype(np.int32), kept_lengths.astype(np.int32), int(kept_S[~wanted_S].sum())
-    )
+    moved = (starts_S[sentences] - offset).astype(np.int32)
+    token_index = np.arange(budget, dtype=np.int32) + np.repeat(moved, kept_lengths)
+    return Selection(token_index, kept_lengths.astype(np.int32), int(kept_S[~wanted_S].sum()))
 
 
 def _wanted_first(wanted_S, rng, shuffle_wanted=False) -> np.ndarray:

@@ -97,10 +97,10 @@ def _count_axis(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _position_axis(axis, stop: int) -> None:
-    """Quarters of a window: its lengths are seldom round in tens."""
+def _position_axis(axis, stop: int, parts: int = 4) -> None:
+    """Quarters (or halves) of a window: its lengths are seldom round in tens."""
     _count_axis(axis)
-    axis.set_ticks(np.unique(np.linspace(0, stop, 5).astype(int)))
+    axis.set_ticks(np.unique(np.linspace(0, stop, parts + 1).astype(int)))
 
 
 def _line_style(index: int) -> dict:
@@ -200,36 +200,54 @@ def method_bars(accuracies: Mapping[str, Mapping[int, Sequence[float]]], window:
 
 @_picture
 def position_plots(samples: Mapping[str, Sequence], window: int | None, target: int):
-    """Above: position over index for a few drawn samples. Below: how far apart two tokens of a sample are.
+    """For each transform: position over index for a few drawn samples; how often each part of the window is used; how
+    far apart two tokens of a sample are.
 
     Args:
         samples: transform -> integer arrays [L], one for each sample.
         window: tokens of the base; target: positions below which all samples lie.
     """
-    figure, axes = _axes(2, len(samples), 4.4, sharex="row", sharey="row")
-    top, bottom = axes[: len(samples)], axes[len(samples) :]
+    columns = min(len(samples), 5)
+    bands = math.ceil(len(samples) / columns)
+    figure, axes = _axes(3 * bands, columns, 5.6 * bands, sharey="row")
+    grid = np.array(axes).reshape(bands, 3, columns)
+    for ax in (
+        ax
+        for at in range(len(samples), bands * columns)
+        for ax in grid[at // columns, :, at % columns]
+    ):
+        ax.remove()
     bins = np.linspace(0, target, 41)
     for index, (name, drawn) in enumerate(samples.items()):
+        band, column = divmod(index, columns)
+        top, *histograms = grid[band, :, column]
+        drawn = [np.asarray(sample) for sample in drawn]
         for sample in drawn[:6]:
-            top[index].plot(np.asarray(sample), color=COLOURS[0], alpha=0.55, linewidth=1)
-        distances = np.concatenate([_pair_distances(np.asarray(sample)) for sample in drawn])
-        share, _ = np.histogram(distances, bins=bins)
-        bottom[index].stairs(
-            100 * share / share.sum(), bins, fill=True, color=COLOURS[0], alpha=0.8
-        )
+            top.plot(sample, color=COLOURS[0], alpha=0.55, linewidth=1)
+        distances = [_pair_distances(sample) for sample in drawn]
+        for ax, values in zip(histograms, (drawn, distances), strict=True):
+            share, _ = np.histogram(np.concatenate(values), bins=bins)
+            share = 100 * share / max(share.sum(), 1)
+            ax.stairs(share, bins, fill=True, color=COLOURS[0], alpha=0.8)
+            ax.set_xlim(0, target)
         if window and window < target:
-            top[index].axhline(window, color=WINDOW_COLOUR, linewidth=1.2, linestyle="--")
-            bottom[index].axvline(window, color=WINDOW_COLOUR, linewidth=1.2, linestyle="--")
-        top[index].set_title(name)
-        top[index].set_ylim(0, target)
-        top[index].set_xlim(left=0)
-        bottom[index].set_xlim(0, target)
-        top[index].set_xlabel("index in the row")
-        bottom[index].set_xlabel("distance of two tokens")
-        for axis in (top[index].xaxis, top[index].yaxis, bottom[index].xaxis):
-            _position_axis(axis, target)
-    top[0].set_ylabel("position")
-    bottom[0].set_ylabel("pairs, %")
+            top.axhline(window, color=WINDOW_COLOUR, linewidth=1.2, linestyle="--")
+            for ax in histograms:
+                ax.axvline(window, color=WINDOW_COLOUR, linewidth=1.2, linestyle="--")
+        top.set_title(name)
+        top.set_ylim(0, target)
+        top.set_xlim(left=0)
+        top.set_xlabel("index in the row")
+        histograms[0].set_xlabel("position")
+        histograms[1].set_xlabel("distance of two tokens")
+        _position_axis(top.yaxis, target)
+        for ax in (top, *histograms):
+            _position_axis(ax.xaxis, target, parts=4 if columns < 4 else 2)
+        if not column:
+            for ax, label in zip(
+                (top, *histograms), ("position", "tokens, %", "pairs, %"), strict=True
+            ):
+                ax.set_ylabel(label)
     return figure
 
 

@@ -1,0 +1,239 @@
+"""What each selection keeps of a run's long documents: `python -m lrjax.analyse WORKDIR [--chunk=32]`.
+
+    WORKDIR/analysis/selections.json     everything below, with the settings
+    WORKDIR/analysis/selections.md       the table
+
+The run needs its stages import to analyse. For every score that is stored (`longrecipe/impact.py`): the anchor classes
+it finds, the p-value of its flatness and, where documents have marked answers, how well it tells them from the others.
+For every method of `longrecipe/selection.py`, over the same documents:
+
+    kept           share of the tokens that is kept, and of it the part that only fills up the budget
+    references     tokens that repeat something from at least a window back: the marked answers where the documents have
+                   marks, else every copied group of three tokens. How many are kept, how many with their source, and
+                   of how many the source alone
+    LDS            the Long Dependency Score of what is kept (`longrecipe/dependency.py`), beside that of the whole
+    pairs          dependent pairs of chunks of the whole that are kept, and kept on both sides
+
+Intervals (95 %) are of a bootstrap over documents. A mistake ends with one line and exit code 2.
+"""
+
+import pathlib
+
+import numpy as np
+from absl import logging
+
+from lrjax import choosing, examples, sharding
+from lrjax import workdir as wd
+from lrjax.command import ProgramFlags, run_program
+from lrjax.errors import UserError
+from lrjax.longrecipe import dependency, impact, references, selection
+from lrjax.run import load_checkpoint, open_mesh
+
+_FLAGS = ProgramFlags()
+_METHODS = _FLAGS.DEFINE_list("methods", list(selection.METHODS), "Selections to look at.")
+_DOCUMENTS = _FLAGS.DEFINE_integer("documents", 0, "Documents to look at; 0: all scored ones.")
+_LDS_DOCUMENTS = _FLAGS.DEFINE_integer(
+    "lds_documents", 16, "Of these, the number whose Long Dependency Score is taken; 0: none."
+)
+_CHUNK = _FLAGS.DEFINE_integer("chunk", 128, "Tokens of a chunk of the Long Dependency Score.")
+_MODEL = _FLAGS.DEFINE_string("model", "base", "The checkpoint of the run that reads the chunks.")
+
+REPLICATES = 2000
+
+
+def measure(
+    config,
+    workdir,
+    *,
+    methods=selection.METHODS,
+    documents=0,
+    lds_documents=16,
+    chunk=128,
+    model="base",
+) -> dict:
+    """The figures of `selections.json`; arguments as the flags."""
+    analysis = wd.read_json(workdir / "scores" / "analysis.json")
+    samples = examples.open_records(workdir / "documents" / "long.array_record")
+    scored = examples.open_records(workdir / "scores" / "long.array_record").ids
+    ids = scored[: documents or len(scored)]
+    reader, wholes = None, []
+    if lds_documents:
+        reader = load_checkpoint(config, workdir, model)
+        for id_ in ids[:lds_documents]:
+            tokens = samples.by_id(id_)["tokens"]
+            wholes.append(dependency.long_dependency(reader, tokens, chunk=chunk))
+            logging.info("analyse: LDS of %d documents", len(wholes))
+    marked = any(samples.by_id(id_)["marks"].any() for id_ in ids)
+    found = {
+        "window": config.window,
+        "budget": config.train_length,
+        "documents": len(ids),
+        "references": "marked answers" if marked else "copied groups of three tokens",
+        "anchors": analysis["anchors"],
+        "scores": _scores(config, workdir, samples, ids),
+        "lds": None,
+        "methods": {},
+    }
+    if wholes:
+        found["lds"] = {
+            "chunk": chunk, "model": model, "documents": len(wholes),
+            "whole": _mean([whole["lds"] for whole in wholes]),
+            "whole_chunks": wholes[0]["chunks"], "kept_chunks": config.train_length // chunk,
+        }  # fmt: skip
+    for method in methods:
+        if method not in selection.METHODS:
+            raise UserError(f"--methods {method!r}: allowed: {', '.join(selection.METHODS)}")
+        if method == "anchor" and not analysis["anchors"]:
+            logging.warning("analyse: no anchor classes: %s", analysis["flat"])
+            continue
+        choose = choosing.make_selector(config, workdir, method, analysis)
+        counts, filled, lds, pairs, total = [], 0, [], [], 0
+        for index, id_ in enumerate(ids):
+            record = samples.by_id(id_)
+            kept = choose(record)
+            filled, total = filled + kept.filled, total + len(record["tokens"])
+            source_L = references.copies(record["tokens"])
+            reference_L = references.is_far(source_L, config.window)
+            if marked:
+                reference_L &= record["marks"].astype(bool)
+            counts.append(references.count_kept(kept.token_index, source_L, reference_L))
+            if index < len(wholes):
+                kept_tokens = record["tokens"][kept.token_index]
+                lds.append(dependency.long_dependency(reader, kept_tokens, chunk=chunk)["lds"])
+                delta_CC = wholes[index]["delta_CC"]
+                pairs.append(dependency.kept_pairs(delta_CC, kept.token_index, chunk))
+        found["methods"][method] = {
+            "kept_share": len(ids) * config.train_length / total,
+            "filled_share": filled / (len(ids) * config.train_length),
+            "references": sum(row["references"] for row in counts),
+            "kept": _share(counts, "kept", "references"),
+            "with_source": _share(counts, "with_source", "references"),
+            "with_source_of_kept": _share(counts, "with_source", "kept"),
+            "source_only": _share(counts, "source_only", "references"),
+            "lds": _mean(lds) if lds else None,
+            "pairs_kept": _share(pairs, "kept", "pairs") if pairs else None,
+            "pairs_with_source": _share(pairs, "with_source", "pairs") if pairs else None,
+        }
+    return found
+
+
+def _scores(config, workdir, samples, ids) -> dict:
+    """{score: {"anchors", "p_value", "concentration", "auc", "recall_in_top"}}, the last two where there are marks."""
+    stored = examples.open_records(workdir / "scores" / "long.array_record")
+    classes = choosing.open_classes(config, workdir)
+    rows = [(stored.by_id(id_), samples.by_id(id_)) for id_ in ids]
+    length = max(len(record["delta_logit"]) for record, _ in rows)
+    class_rows = [classes.of(sample)[1 : len(record["valid"]) + 1] for record, sample in rows]
+    classes_NL = impact.stack_rows(class_rows, length)
+    marks_NL = impact.stack([sample["marks"][1:] for _, sample in rows], length)
+    found = {}
+    for name in impact.SCORES:
+        if name in ("kl", "contrast") and name not in rows[0][0]:
+            continue
+        delta_NL = impact.stack([impact.score_of(record, name) for record, _ in rows], length)
+        analysis = impact.analyse(
+            delta_NL, classes_NL, marks_NL, names=classes.names, top=config.analyse.top,
+            top_fraction=config.analyse.top_fraction, min_lift=config.analyse.min_lift,
+        )  # fmt: skip
+        flatness, validation = analysis["flatness"], analysis.get("validation", {})
+        found[name] = {"anchors": analysis["anchors"]} | {
+            "p_value": flatness["p_value"], "concentration": flatness["concentration"],
+            "auc": validation.get("auc"), "recall_in_top": validation.get("recall_in_top"),
+        }  # fmt: skip
+    return found
+
+
+def table(found: dict) -> str:
+    """The figures as Markdown tables, with a line above that says what was counted."""
+    scores = [
+        "| score | anchor classes | p of flatness | top holds | AUC | in the top |",
+        "|---" * 6 + "|",
+    ]
+    for name, row in found["scores"].items():
+        figures = (row[key] for key in ("p_value", "concentration", "auc", "recall_in_top"))
+        cells = " | ".join("-" if figure is None else f"{figure:.3f}" for figure in figures)
+        scores.append(f"| {name} | {', '.join(row['anchors']) or 'none'} | {cells} |")
+    lines = [
+        *scores,
+        "",
+        f"{found['documents']} documents, budget {found['budget']} tokens, far is {found['window']} tokens and more; "
+        f"references: {found['references']}; anchor classes: {', '.join(found['anchors']) or 'none'}.",
+        "",
+    ]
+    head = [
+        "selection",
+        "fills up",
+        "kept",
+        "with source",
+        "of the kept, with source",
+        "source alone",
+    ]
+    if found["lds"]:
+        whole = found["lds"]
+        lines[-2] += (
+            f" LDS in chunks of {whole['chunk']} by {whole['model']}, {whole['documents']} documents; whole: "
+            f"{_text(whole['whole'], 2)} ({whole['whole_chunks']} chunks, kept: {whole['kept_chunks']})."
+        )
+        head += ["LDS", "pairs kept", "on both sides"]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method, row in found["methods"].items():
+        cells = [method, f"{row['filled_share']:.2f}"]
+        cells += [
+            _text(row[k]) for k in ("kept", "with_source", "with_source_of_kept", "source_only")
+        ]
+        if found["lds"]:
+            cells += [
+                _text(row["lds"], 2),
+                _text(row["pairs_kept"]),
+                _text(row["pairs_with_source"]),
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    share, low, high = (f"{number:.{digits}f}" for number in value)
+    return f"{share} ({low} to {high})"
+
+
+def _share(rows, part: str, whole: str):
+    """[sum of part / sum of whole, and its interval by documents], or None where there is nothing to share."""
+    parts, wholes = (np.array([row[key] for row in rows], float) for key in (part, whole))
+    if not wholes.sum():
+        return None
+    draws = _draws(len(rows))
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile((draws @ parts) / (draws @ wholes), [0.025, 0.975])
+    return [float(parts.sum() / wholes.sum()), float(low), float(high)]
+
+
+def _mean(values):
+    values = np.array(values)
+    low, high = np.quantile(_draws(len(values)) @ values / len(values), [0.025, 0.975])
+    return [float(values.mean()), float(low), float(high)]
+
+
+def _draws(count: int) -> np.ndarray:
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), REPLICATES)
+
+
+def main(argv) -> None:
+    if len(argv) != 2:
+        raise UserError("usage: python -m lrjax.analyse WORKDIR [--chunk=128] (--help for more)")
+    workdir = pathlib.Path(argv[1])
+    config = wd.read_config(workdir)
+    with sharding.layout(open_mesh(config), config.rules):
+        found = measure(
+            config, workdir, methods=_METHODS.value, documents=_DOCUMENTS.value,
+            lds_documents=_LDS_DOCUMENTS.value, chunk=_CHUNK.value, model=_MODEL.value,
+        )  # fmt: skip
+    wd.write_json(workdir / "analysis" / "selections.json", found)
+    text = table(found)
+    (workdir / "analysis" / "selections.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_program(main, _FLAGS)
