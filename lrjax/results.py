@@ -97,7 +97,7 @@ def _table(results) -> list[str]:
             "answer",
             "short",
             "tokens",
-            "PFLOP",
+            "TFLOP",
         ]
         scored = any("lds" in found[0] for found in rows.values())
         head += ["LDS"] * scored
@@ -137,6 +137,7 @@ def _claims(results) -> list[str]:
         scale, digits = (100, 1) if claim["measure"] == "needles" else (1, 3)
         interval = _interval(found["interval"], scale, digits)
         margin = f" (margin {scale * claim['margin']:g})" if "margin" in claim else ""
+        p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
         second = ""
         if claim["measure"] == "needles" and "margin" not in claim:
             nats = compare(claim | {"measure": "answer_nll"}, arms[arm], _target(results, arm))
@@ -144,7 +145,7 @@ def _claims(results) -> list[str]:
         lines.append(
             f"| {arm + ': ' if claim.get('arm') else ''}{claim['text']}{margin} | {claim['better']}, {claim['worse']} "
             f"| {claim.get('paper', '')} | {scale * found['mean']:+.{digits}f}{interval} ({claim['measure']}) "
-            f"| {found['p_t']:.3f}; {found['p_sign']:.3f} | **{found['verdict']}** | {second} |"
+            f"| {p_values} | **{found['verdict']}** | {second} |"
         )
     return [*lines, ""] if len(lines) > 2 else []
 
