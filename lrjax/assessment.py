@@ -2,8 +2,9 @@
 
 `evaluation/CHECKPOINT/TASK.json` for needle in a haystack (niah), perplexity by position, short-window loss and the
 benchmarks of `config.evaluate.suite` ({length: result of questions.ask}), whose answers are kept one by one in
-`evaluation/CHECKPOINT/answers/`; `evaluation/merge_curve.json`: the merged model at other weights. The same tasks run
-during training (`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
+`evaluation/CHECKPOINT/answers/`; `evaluation/merge_curve.json`: the merged model at other weights;
+`evaluation/lds.json`: how much the parts of each method's text depend on each other. The same tasks run during training
+(`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ from absl import logging
 
 from lrjax import workdir as wd
 from lrjax.checkpoints import orbax
+from lrjax.data.records import RecordFile
 from lrjax.errors import UserError
 from lrjax.evaluation import longppl, niah, perplexity, questions, suite
 from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter
+from lrjax.longrecipe import dependency
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_trees import merge_trees
 from lrjax.models.flops import forward_flops
@@ -41,9 +44,25 @@ def evaluate(config, workdir):
             wd.write_json(workdir / "evaluation" / name / f"{task}.json", result)
             used["tokens"] += sequences * length
             used["flops"] += forward_flops(model[0], sequences, length)
+    if config.evaluate.lds.documents and not (workdir / "evaluation" / "lds.json").exists():
+        _long_dependency(config, workdir)
     if config.merge.curve and not (workdir / "evaluation" / "merge_curve.json").exists():
         _merge_curve(config, workdir, tasks)
     return used
+
+
+def _long_dependency(config, workdir) -> None:
+    """evaluation/lds.json: {method: {"mean", "documents"}} of the text of every method that selects."""
+    section, reader, found = config.evaluate.lds, load_checkpoint(config, workdir, "base"), {}
+    for name in config.methods:
+        file = workdir / "selected" / f"{name}.array_record"
+        if file.is_file():
+            scores = [
+                dependency.long_dependency(reader, record["tokens"], chunk=section.chunk)["lds"]
+                for record in RecordFile(file)[: section.documents]
+            ]
+            found[name] = {"mean": float(np.mean(scores)), "documents": len(scores)}
+    wd.write_json(workdir / "evaluation" / "lds.json", found)
 
 
 def checkpoints_to_evaluate(config, workdir) -> list[str]:

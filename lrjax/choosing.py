@@ -3,7 +3,7 @@
 scores/long.array_record      {id, delta_logit, ... [L-1]}, written once; every analysis and selection reads it
 scores/classes.array_record   {id, classes [L]}: only of classes that depend on the document (config.analyse.classes)
 scores/analysis.json          what `impact.analyse` returns
-selected/METHOD.array_record  {id, tokens, segment_lengths, marks, token_index}
+selected/METHOD.array_record  {id, tokens, segment_lengths, marks, token_index}, and weights where a method has them
 """
 
 import itertools
@@ -21,6 +21,8 @@ from lrjax.errors import UserError
 from lrjax.longrecipe import classing, contrast, impact, references, scoring, selection
 from lrjax.models.flops import forward_flops
 from lrjax.run import load_checkpoint, on_first_process, open_tokenizer
+
+LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
 
 # ------------------------------------------------------------------------------------------- score
 
@@ -165,7 +167,7 @@ def select(config, workdir):
 
 
 def write_selection(config, workdir, name, method, analysis) -> None:
-    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index}."""
+    """selected/NAME.array_record: {id, tokens, segment_lengths, marks, token_index} and maybe weights."""
     if method.selection == "at_positions":
         return
     documents = examples.open_records(workdir / "documents" / "long.array_record")
@@ -173,54 +175,98 @@ def write_selection(config, workdir, name, method, analysis) -> None:
         raise UserError(
             f"methods.{name}: selection 'anchor' has nothing to hold on to: {analysis['flat']}"
         )
-    choose = make_selector(config, workdir, method.selection, analysis)
+    choose = make_selector(
+        config, workdir, method.selection, analysis, method.train_length, method.top_fraction
+    )
+    scores = None
+    if method.weighting:
+        scores = examples.open_records(workdir / "scores" / "long.array_record")
 
     def rows():
         for record in documents:
             kept = choose(record)
-            yield {
+            index, lengths = kept.token_index, kept.segment_lengths
+            if method.shuffle:
+                rng = examples.rng_of(config.seed, f"{record['id']} shuffled")
+                index, lengths = examples.shuffled(index, lengths, rng)
+            row = {
                 "id": record["id"],
-                "tokens": record["tokens"][kept.token_index],
-                "segment_lengths": kept.segment_lengths,
-                "marks": record["marks"][kept.token_index],
-                "token_index": kept.token_index,
+                "tokens": record["tokens"][index],
+                "segment_lengths": lengths,
+                "marks": record["marks"][index],
+                "token_index": index,
             }
+            if method.weighting == "longce":
+                change_L = _score_of("logprob", scores, record, "weighting")
+                row["weights"] = np.minimum(np.exp(change_L[index]), LONGCE_LIMIT)
+            yield row
 
     write_records(workdir / "selected" / f"{name}.array_record", rows())
 
 
-def make_selector(config, workdir, method: str, analysis):
-    """The function from a record of a long document to what the method keeps of it (`selection.Selection`)."""
+def make_selector(config, workdir, method: str, analysis, length: int = 0, top_fraction=0.0):
+    """The function from a record of a long document to what the method keeps of it (`selection.Selection`).
+
+    Args:
+        length: tokens to keep; 0: config.train_length.
+        top_fraction: of the method top; 0: config.analyse.top_fraction.
+    """
     texts = open_tokenizer(workdir).token_texts()
     digits_V = np.asarray([any(c.isdigit() for c in text) for text in texts])
-    classes = scores = None
+    classes = scores = top = None
     if method == "anchor":
         classes = open_classes(config, workdir)
         anchors = [classes.names.index(name) for name in analysis["anchors"]]
-    if method in ("score", "linked", "weighted"):
+    if method in ("score", "linked", "weighted", "top"):
         scores = examples.open_records(workdir / "scores" / "long.array_record")
+    if method == "top":
+        top = _top_tokens(config, workdir, scores, top_fraction or config.analyse.top_fraction)
 
     def choose(record) -> selection.Selection:
-        tokens = record["tokens"]
+        tokens, wanted = record["tokens"], None
+        if classes is not None:
+            wanted = np.isin(classes.of(record), anchors)
+        if top is not None:
+            wanted = top[record["id"]]
         return selection.select(
-            method, record["segment_lengths"], config.train_length,
+            # Of more top tokens than fit, which stay must not depend on their place.
+            "anchor" if method == "top" else method,
+            record["segment_lengths"], length or config.train_length,
             rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
-            anchor_mask_L=None if classes is None else np.isin(classes.of(record), anchors),
+            anchor_mask_L=wanted, overflow="random" if method == "top" else "first",
             digit_mask_L=digits_V.take(tokens),
-            delta_L=None if scores is None else _score_of(config, scores, record, method),
+            delta_L=None if scores is None else _score_of(config.analyse.score, scores, record, method),
             source_L=references.copies(tokens) if method == "linked" else None,
         )  # fmt: skip
 
     return choose
 
 
-def _score_of(config, scores, record, method):
+def _top_tokens(config, workdir, scores, fraction: float) -> dict[str, np.ndarray]:
+    """{document id: which of its tokens are in the top fraction of all documents at their place}."""
+    documents = examples.open_records(workdir / "documents" / "long.array_record")
+    # The first token is predicted by nothing.
+    rows = {
+        record["id"]: _score_of(config.analyse.score, scores, record, "top")[1:]
+        for record in documents
+    }
+    if fraction == 1:
+        return {id_: np.ones(len(row) + 1, bool) for id_, row in rows.items()}
+    delta_NL = impact.stack(list(rows.values()), max(map(len, rows.values())))
+    top_NL = impact.top_fraction_per_position(delta_NL, fraction, ~np.isnan(delta_NL))
+    return {
+        id_: np.concatenate([[False], top_L[: len(row)]])
+        for top_L, (id_, row) in zip(top_NL, rows.items(), strict=True)
+    }
+
+
+def _score_of(name: str, scores, record, method):
     """The score of a whole sample; its first token is predicted by nothing and has none."""
     if record["id"] not in scores.ids:
         raise UserError(
             f"selection {method!r}: sample {record['id']!r} has no scores; set config.score.samples=0 (all)"
         )
-    delta = impact.score_of(scores.by_id(record["id"]), config.analyse.score)
+    delta = impact.score_of(scores.by_id(record["id"]), name)
     if len(delta) + 1 != len(record["tokens"]):
         raise UserError(
             f"selection {method!r}: sample {record['id']!r} has {len(record['tokens'])} tokens, of which "

@@ -18,6 +18,8 @@ from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.models.llama import LlamaConfig
 from lrjax.models.rope import PLAIN, ROPE_TYPES, RopeScaling, paper_theta
 
+WEIGHTINGS = ("", "longce")
+
 
 def training(**changes) -> ConfigDict:
     """The section of a training stage (a pretraining phase, probe, extend, replay)."""
@@ -44,6 +46,9 @@ def training(**changes) -> ConfigDict:
             # The last steps that stay when the stage is done (`lrjax.merge --last=K` averages them); 0: none
             "keep_checkpoints": 0,
             "ema_decay": 0.0,  # above 0: the stage's model is the moving average of its parameters
+            # Above 0: attention sees blocks of so many tokens at first, which grow with the steps to the whole
+            # row at half of them (the idea of SkyLadder, arXiv 2503.15450); positions stay as they are.
+            "grow_from": 0,
             "log_every": 10,
             # Data sources (names in config.data.sources) -> share of the examples, packed to rows at plain
             # positions. In probe and extend they come beside the long documents, whose share is the rest.
@@ -58,8 +63,9 @@ def training(**changes) -> ConfigDict:
 def method(selection: str, positions: str, **changes) -> ConfigDict:
     """A way to extend: which text of a long document, at which positions.
 
-    selection: anchor | digits | score | linked | weighted | random | first (`longrecipe/selection.py`), or
-        `at_positions`: the text that lies at the positions drawn (PoSE as published, full length).
+    selection: anchor | digits | score | linked | weighted | random | first (`longrecipe/selection.py`); `top`:
+        sentences that hold a token whose score is in the top fraction at its place; or `at_positions`: the text that
+        lies at the positions drawn (PoSE as published, full length).
     positions: a name in `longrecipe.positions.TRANSFORMS`, or "" to change the RoPE base and train nothing.
     """
     section = ConfigDict(
@@ -68,6 +74,13 @@ def method(selection: str, positions: str, **changes) -> ConfigDict:
             "positions": positions,
             "steps": -1,  # -1: as config.extend
             "global_batch_size": -1,
+            "grow_from": -1,
+            "train_length": 0,  # tokens of an example; 0: config.train_length
+            "top_fraction": 0.0,  # of selection top; 0: config.analyse.top_fraction
+            "shuffle": False,  # the kept sentences in random order, not the text's: what is coherence worth?
+            # Loss weights of the kept tokens: "" (all alike) | longce: min(exp(change of log-probability), 5), the
+            # weight of LongCE (arXiv 2410.23771) from the base against the probe.
+            "weighting": "",
         }
     )
     section.update(changes)
@@ -171,6 +184,7 @@ def default() -> ConfigDict:
     config.methods = ConfigDict()  # name -> method(...), all extended at equal tokens
     config.method = "longrecipe"  # the one that replay and merge go on with
     config.extend = training(steps=104, global_batch_size=96)
+    # With 0 steps there is neither a replayed nor a merged model.
     config.replay = training(steps=50, global_batch_size=96, learning_rate=5e-6)
     config.merge = ConfigDict(
         {
@@ -234,6 +248,9 @@ def default() -> ConfigDict:
                     "key_context": 0,  # also LongPPL, key tokens by a short context of so many tokens; 0: not
                 }
             ),
+            # Long Dependency Score of what every method keeps, read by the base in chunks of so many tokens; of so many
+            # documents, 0: not
+            "lds": ConfigDict({"documents": 0, "chunk": 128}),
             # Tasks to run during training (names as below evaluation/CHECKPOINT/), every `every` steps.
             "during": ConfigDict({"tasks": (), "every": 0, "stages": ()}),  # stages: () is all
             # Loss in the original window on data sources, to see what was forgotten: name -> source
@@ -352,6 +369,25 @@ def check(config) -> None:
         raise UserError(
             f"config.method {config.method!r} is none of config.methods: {', '.join(config.methods)}"
         )
+    for name, entry in config.methods.items():
+        if not 0 <= entry.train_length <= config.target_length:
+            raise UserError(
+                f"config.methods.{name}.train_length {entry.train_length}: allowed: 0 (config.train_length) to "
+                f"config.target_length {config.target_length}"
+            )
+        if not 0 <= entry.top_fraction <= 1:
+            raise UserError(
+                f"config.methods.{name}.top_fraction {entry.top_fraction}: allowed: from 0 to 1"
+            )
+        if entry.weighting not in WEIGHTINGS:
+            raise UserError(
+                f"config.methods.{name}.weighting {entry.weighting!r}: allowed: "
+                f"{', '.join(map(repr, WEIGHTINGS))}"
+            )
+        if entry.selection == "at_positions" and (entry.shuffle or entry.weighting):
+            raise UserError(
+                f"config.methods.{name}: shuffle and weighting need a selection; 'at_positions' selects nothing"
+            )
     if config.merge.method not in METHODS:
         raise UserError(
             f"config.merge.method {config.merge.method!r}: allowed: {', '.join(METHODS)}"

@@ -129,7 +129,8 @@ def placed_component(
     """Long documents at transformed positions, drawn anew for every document and epoch.
 
     Args:
-        source: records {id, tokens, segment_lengths}: the selected text, or whole samples when `from_source`.
+        source: records {id, tokens, segment_lengths}: the selected text, or whole samples when `from_source`. Selected
+            text may bring its own loss weights, "weights" [L].
         positions: name of the transform.
         target_length: window that the positions span.
         train_length: tokens in an example.
@@ -149,7 +150,7 @@ def placed_component(
         else:
             chosen = transform(record["segment_lengths"], target_length, rng)
             tokens = record["tokens"]
-        weights = np.ones(len(tokens), np.float32)
+        weights = np.array(record.get("weights", np.ones(len(tokens))), np.float32)
         weights[0] = 0.0  # nothing predicts the first token
         return {
             "tokens": tokens.astype(np.int32),
@@ -159,6 +160,13 @@ def placed_component(
         }
 
     return Component(source, place, weight)
+
+
+def shuffled(token_index, segment_lengths, rng):
+    """`(token_index, segment_lengths)` of a selection with its sentences in random order."""
+    order = rng.permutation(len(segment_lengths))
+    pieces = np.split(token_index, np.cumsum(segment_lengths)[:-1])
+    return np.concatenate([pieces[i] for i in order]), segment_lengths[order]
 
 
 def rng_of(seed: int, identifier: str) -> np.random.Generator:

@@ -22,7 +22,7 @@ import time
 import jax
 from absl import logging
 
-from lrjax import assessment, choosing, examples, sharding, summary
+from lrjax import assessment, choosing, examples, provenance, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import families, loading, orbax
@@ -58,6 +58,8 @@ def run(config, workdir, only=()) -> None:
     config_lib.check(config)
     workdir = pathlib.Path(workdir)
     wd.claim(workdir, config)
+    if not all(wd.is_complete(workdir, name) for name in only or STAGES):
+        provenance.note(workdir)
     with sharding.layout(open_mesh(config), config.rules):
         for name in only or STAGES:
             _run_stage(config, workdir, name)
@@ -208,11 +210,13 @@ def _extend(config, workdir, stage, method, section):
         return {"tokens": 0, "flops": 0}
     section = section.copy_and_resolve_references()
     with section.unlocked():
-        for field in ("steps", "global_batch_size"):
+        for field in ("steps", "global_batch_size", "grow_from"):
             if method[field] >= 0:
                 section[field] = method[field]
     from_source = method.selection == "at_positions"
-    length = config.target_length if method.positions == "full" else config.train_length
+    length = method.train_length or config.train_length
+    if method.positions == "full":
+        length = config.target_length
     file = "documents/long" if from_source else f"selected/{stage}"
     share = 1.0 - sum(section.mixture.values())
     component = examples.placed_component(
@@ -250,7 +254,9 @@ def extend(config, workdir):
 
 
 def replay(config, workdir):
-    """Pretraining-like data at plain positions on the extended model."""
+    """Pretraining-like data at plain positions on the extended model; nothing with 0 steps."""
+    if not config.replay.steps:
+        return None
     model = load_checkpoint(config, workdir, config.method)
     length = config.replay.length or config.window
     components = mixture(config, workdir, config.replay, length)
@@ -260,6 +266,8 @@ def replay(config, workdir):
 
 def merge(config, workdir):
     """The replayed model merged with the base; the result carries the extended RoPE base."""
+    if not config.replay.steps:
+        return
     base, replayed = checkpoint(workdir, "base"), checkpoint(workdir, "replayed")
     weighted, settings = assessment.merge_settings(
         config.merge, config.merge.base_weight, base, replayed

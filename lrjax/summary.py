@@ -156,7 +156,9 @@ def _positions(config, workdir) -> dict:
             continue
         rng = np.random.default_rng(config.seed)
         if method.selection == "at_positions":
-            length = config.target_length if method.positions == "full" else config.train_length
+            length = method.train_length or config.train_length
+            if method.positions == "full":
+                length = config.target_length
             segments = [np.asarray([length])]
         else:
             file = workdir / "selected" / f"{name}.array_record"

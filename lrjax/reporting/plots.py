@@ -317,6 +317,34 @@ def merge_curve(points: Sequence[Mapping], length: int | None = None):
 
 
 @_picture
+def seed_dots(panels: Mapping[str, Mapping[str, Mapping]], label: str):
+    """Share of needles over the seeds: a panel for each arm, a row for each method, a dot for each seed.
+
+    Args:
+        panels: arm -> row -> {"seeds": shares, "mean", "interval": (low, high) or None}.
+        label: of the axis.
+    """
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    most = max(map(len, panels.values()))
+    figure, axes = _axes(rows, columns, rows * (0.75 + 0.24 * most), used=len(panels))
+    for ax, (arm, entries) in zip(axes, panels.items(), strict=True):
+        for row, entry in enumerate(entries.values()):
+            if entry["interval"]:
+                low, high = (100 * min(max(end, 0), 1) for end in entry["interval"])
+                ax.hlines(row, low, high, color=COLOURS[0], alpha=0.3, linewidth=5)
+            ax.plot([100 * share for share in entry["seeds"]], [row] * len(entry["seeds"]), "o",
+                    color=COLOURS[6], markersize=3)  # fmt: skip
+            ax.plot(100 * entry["mean"], row, "o", color=COLOURS[0], markersize=5.5)
+        ax.set_yticks(range(len(entries)), [name.replace("_", " ") for name in entries])
+        ax.invert_yaxis()
+        ax.set_xlim(-3, 103)
+        ax.set_title(arm)
+        ax.set_xlabel(label)
+    return figure
+
+
+@_picture
 def merge_frontier(points: Sequence[Mapping]):
     """What merges cost and bring: needles found over the loss in the short window, a point for each.
 

@@ -103,6 +103,13 @@ def _train(
         process_index=group, process_count=groups,
     )  # fmt: skip
 
+    def grown(local):
+        """The batch of this step, its attention kept inside blocks while they grow."""
+        block = block_length(config, step, length)
+        if block < length:
+            local["segment_ids"] = segments_of_blocks(local["segment_ids"], block)
+        return local
+
     def to_device(local_bL):
         local_bL = np.pad(local_bL, ((0, 0), (0, row_length - length)))
         return jax.make_array_from_callback(
@@ -120,7 +127,7 @@ def _train(
         preemption.watch() as stop,
     ):
         while step < config.steps:
-            batch = jax.tree.map(to_device, next(batches))
+            batch = jax.tree.map(to_device, grown(next(batches)))
             state, metrics = step_fn(state, batch)
             step += 1
             next_example += config.global_batch_size
@@ -172,6 +179,21 @@ def check_batch(config, mesh, stage) -> None:
             f"{stage}: global_batch_size {config.global_batch_size} does not divide by {shards} "
             f"(micro_batches {config.micro_batches} x {sharding.batch_shards(mesh)} batch shards of the mesh)"
         )
+
+
+def block_length(config, step: int, length: int) -> int:
+    """Tokens that attention sees together at a step (0, 1, ...): linearly from `grow_from` to all at half the steps."""
+    if not config.grow_from or config.grow_from >= length:
+        return length
+    done = min(1.0, 2 * step / config.steps)
+    return int(config.grow_from + done * (length - config.grow_from))
+
+
+def segments_of_blocks(segment_ids_BL: np.ndarray, block: int) -> np.ndarray:
+    """Segment ids that also part the row at every multiple of `block`; padding stays 0."""
+    L = segment_ids_BL.shape[1]
+    parted_BL = segment_ids_BL * L + np.arange(L, dtype=np.int32) // block
+    return np.where(segment_ids_BL > 0, parted_BL, 0).astype(np.int32)
 
 
 def check_row(model_config: LlamaConfig, length: int, row_multiple: int, stage: str) -> int:

@@ -1,0 +1,335 @@
+"""Makes docs/results.md and its pictures of the stored runs: nothing on that page is typed by hand.
+
+    python -m lrjax.results                      docs/results/*.json -> docs/results.md, docs/pictures/results_*.png
+
+Of every experiment: what was asked, a table of its rows (mean over the seeds with Student's 95 % interval), the claims
+with the interval of the paired differences and what follows from it, a picture, and config, seeds, commit, machine and
+command. An experiment of configs/experiments/ that has no stored runs is listed with the command that makes them.
+"""
+
+import ast
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+from lrjax import workdir as wd
+from lrjax.command import ProgramFlags, run_program
+from lrjax.errors import UserError
+from lrjax.evaluation.statistics import paired, t_interval, wilson_interval
+from lrjax.reporting import plots
+
+_FLAGS = ProgramFlags()
+_RESULTS = _FLAGS.DEFINE_string("results", "docs/results", "Directory of the stored runs.")
+_CONFIGS = _FLAGS.DEFINE_string("configs", "configs/experiments", "Directory of the experiments.")
+_OUT = _FLAGS.DEFINE_string(
+    "out", "docs/results.md", "The page; its pictures go to pictures/ beside it."
+)
+
+INTRO = """# Results
+
+Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of `configs/experiments/`; do not edit.
+
+- **Needles**: share of the facts asked for that are found, in %, by the length of the text. *Near*: asked for within
+  the window that the base was trained for; *far*: four windows away or more; both in texts of the target length.
+- **Answer**: nats per token of the right answer at the target length; **short**: loss in the base's window, nats, mean
+  over its sources (what is forgotten). Of both, less is better.
+- A cell is the mean over the seeds and [Student's 95 % interval over the seeds]; *pooled* is Wilson's 95 % interval of
+  all needles of the row at the target, as if no seed differed from another: the smaller of the two errors.
+- **Claims** are judged by the 95 % interval of the paired difference, seed by seed: *confirmed* where all of it is on
+  the side of the claim, *refuted* where all of it is on the other, else *not separable here*. That two rows are alike
+  (a margin is named) is confirmed where all of the interval is within the margin, refuted where all is outside. p is
+  Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625). Nothing is corrected for
+  the number of claims.
+- A seed is a base of its own with documents of its own; all methods of a seed share its base.
+"""
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help")
+    out = pathlib.Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = sorted(pathlib.Path(_RESULTS.value).glob("*.json"))
+    stored = [wd.read_json(file) for file in files]
+    parts = [INTRO]
+    for results in stored:
+        (out.parent / "pictures").mkdir(exist_ok=True)
+        picture = out.parent / "pictures" / f"results_{results['name']}.png"
+        _write(
+            picture,
+            plots.seed_dots(
+                panels(results), "needles found at the target, %; a grey dot is a seed"
+            ),
+        )
+        parts.append(section(results, f"pictures/{picture.name}"))
+    parts.append(_not_run(pathlib.Path(_CONFIGS.value), {results["name"] for results in stored}))
+    _write(out, "\n".join(filter(None, parts)).encode())
+
+
+# ------------------------------------------------------------------------------------------- a page's section
+
+
+def section(results: Mapping, picture: str) -> str:
+    """One experiment in Markdown."""
+    lines = [f"## {results['title']}", ""]
+    if results["smoke"]:
+        lines += ["**A smoke run: its figures mean nothing.**", ""]
+    lines += [results["about"], "", *_table(results), "", *_claims(results), f"![]({picture})", ""]
+    return "\n".join([*lines, *_origin(results)]) + "\n"
+
+
+def _table(results) -> list[str]:
+    many = len(results["arms"]) > 1
+    lines = []
+    for arm, rows in by_arm(results).items():
+        runs = [run for run in results["runs"] if run["arm"] == arm]
+        target = runs[0]["target"]
+        lengths = sorted(
+            {int(n) for row in rows.values() for run in row for n in run.get("needles", ())}
+        )
+        head = [
+            "row",
+            *(f"{n}" for n in lengths),
+            "pooled",
+            "near",
+            "far",
+            "answer",
+            "short",
+            "tokens",
+            "TFLOP",
+        ]
+        scored = any("lds" in found[0] for found in rows.values())
+        head += ["LDS"] * scored
+        if many:
+            lines += [f"**{arm}**", ""]
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for name, found in rows.items():
+            cells = [name]
+            cells += [_percent([needles(row, n) for row in found]) for n in lengths]
+            cells.append(_pooled(found, target))
+            cells += [
+                _percent([distant(row, target, *ends) for row in found])
+                for ends in _ranges(results, target)
+            ]
+            cells.append(_number([measure(row, "answer_nll", target) for row in found], 2))
+            cells.append(_number([measure(row, "short_loss", target) for row in found], 2))
+            cells.append(f"{found[0]['tokens']:,}" if "tokens" in found[0] else "")
+            cells.append(f"{found[0]['flops'] / 1e12:.3g}" if "flops" in found[0] else "")
+            cells += [_number([row.get("lds") for row in found], 2)] * scored
+            lines.append("| " + " | ".join(cells) + " |")
+        anchors = sorted({", ".join(run["anchors"]) or "none" for run in runs})
+        lines += ["", f"Anchor classes that the analysis found: {'; '.join(anchors)}.", ""]
+    return lines
+
+
+def _claims(results) -> list[str]:
+    lines = [
+        "| claim | rows | paper | difference | p (t; signs) | here | by the answer's nats |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    arms = by_arm(results)
+    for claim in results["claims"]:
+        arm = claim.get("arm", results["arms"][0])
+        found = compare(claim, arms.get(arm, {}), _target(results, arm))
+        if found is None:
+            continue
+        scale, digits = (100, 1) if claim["measure"] == "needles" else (1, 3)
+        interval = _interval(found["interval"], scale, digits)
+        margin = f" (margin {scale * claim['margin']:g})" if "margin" in claim else ""
+        p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
+        second = ""
+        if claim["measure"] == "needles" and "margin" not in claim:
+            nats = compare(claim | {"measure": "answer_nll"}, arms[arm], _target(results, arm))
+            second = f"{nats['mean']:+.3f}{_interval(nats['interval'], 1, 3)}: {nats['verdict']}"
+        lines.append(
+            f"| {arm + ': ' if claim.get('arm') else ''}{claim['text']}{margin} | {claim['better']}, {claim['worse']} "
+            f"| {claim.get('paper', '')} | {scale * found['mean']:+.{digits}f}{interval} ({claim['measure']}) "
+            f"| {p_values} | **{found['verdict']}** | {second} |"
+        )
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def _origin(results) -> list[str]:
+    """Config, seeds, commit, machine, command."""
+    runs = results["runs"]
+    digests = {}
+    for run in runs:
+        digests.setdefault(run["config_digest"], run["arm"] or "the config")
+    seeds = {arm: [run["seed"] for run in runs if run["arm"] == arm] for arm in results["arms"]}
+    texts = [
+        f"{arm + ': ' if arm else ''}{', '.join(map(str, found)) or 'none'}"
+        for arm, found in seeds.items()
+    ]
+    if len(set(map(tuple, seeds.values()))) == 1:
+        texts = [", ".join(map(str, next(iter(seeds.values()))))]
+    made_by = [note for run in runs for note in run["made_by"]]
+    return [
+        f"Config `{results['config']}` ("
+        + ", ".join(f"{arm} {digest}" for digest, arm in digests.items())
+        + "); "
+        f"seeds {'; '.join(texts)}; "
+        f"commit {', '.join(dict.fromkeys(note['commit'] for note in made_by))}; "
+        f"{'; '.join(dict.fromkeys(note['machine'] + ', ' + note['devices'] for note in made_by))}; "
+        f"{sum(run['seconds'] for run in runs):,.0f} s of runs (bases not counted), side by side with others. "
+        f"`{results['command']}`",
+    ]
+
+
+def _not_run(configs: pathlib.Path, known: set[str]) -> str:
+    """The experiments without stored runs."""
+    lines = []
+    for file in sorted(configs.glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+        if (
+            f"lrjax.experiment --config={configs}/{file.name}" in docstring
+            and file.stem not in known
+        ):
+            command = next(
+                line.strip() for line in docstring.splitlines() if "lrjax.experiment" in line
+            )
+            title = docstring.partition("\n")[0]
+            lines.append(f"- {title}\n  `{command}`")
+    return "\n".join(["## Not run yet", "", *lines, ""]) if lines else ""
+
+
+# ------------------------------------------------------------------------------------------- figures of the rows
+
+
+def by_arm(results) -> dict[str, dict[str, list[dict]]]:
+    """arm -> row -> what each seed found, seeds in order; only rows that every seed of the arm has."""
+    found = {}
+    for arm in results["arms"]:
+        runs = sorted(
+            (run for run in results["runs"] if run["arm"] == arm), key=lambda run: run["seed"]
+        )
+        if runs:
+            names = [name for name in runs[0]["rows"] if all(name in run["rows"] for run in runs)]
+            names.sort(key=_order)
+            found[arm] = {name: [run["rows"][name] for run in runs] for name in names}
+    return found
+
+
+def _order(name: str) -> tuple:
+    """Controls first, what comes after extension last, the others by name and number."""
+    places = {"base": 0, "raised_theta": 1, "contiguous": 2, "replayed": 4, "merged": 5}
+    parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return places.get(name, 3), parts
+
+
+def measure(row: Mapping, name: str, target: int) -> float | None:
+    """needles, answer_nll (both at the target length) or short_loss of a row of one seed; None: not measured."""
+    if name == "needles":
+        return needles(row, target)
+    if name == "answer_nll":
+        return row.get("answer_nll", {}).get(str(target))
+    if name == "short_loss":
+        losses = row.get("short_loss")
+        return sum(losses.values()) / len(losses) if losses else None
+    raise UserError(f"claim: measure {name!r}; allowed: needles, answer_nll, short_loss")
+
+
+def needles(row: Mapping, length: int) -> float | None:
+    cells = row.get("needles", {}).get(str(length))
+    return _share(cells.values()) if cells else None
+
+
+def distant(row: Mapping, target: int, near: float, far: float) -> float | None:
+    """Share of the needles of the target length that lie `near` to `far` tokens before the question."""
+    cells = row.get("needles", {}).get(str(target), {})
+    chosen = [cell for depth, cell in cells.items() if near <= (1 - float(depth)) * target <= far]
+    return _share(chosen) if chosen else None
+
+
+def compare(claim: Mapping, rows: Mapping[str, list], target: int) -> dict | None:
+    """`statistics.paired` of the claim's rows, and its "verdict"; None where a row is not there."""
+    pairs = [
+        [measure(row, claim["measure"], target) for row in rows.get(claim[side], ())]
+        for side in ("better", "worse")
+    ]
+    if not all(pairs) or None in pairs[0] + pairs[1]:
+        return None
+    found = paired(*pairs)
+    sign = 1 if claim["measure"] == "needles" else -1
+    return found | {"verdict": verdict(found["interval"], sign, claim.get("margin"))}
+
+
+def verdict(interval: Sequence[float] | None, sign: int = 1, margin: float | None = None) -> str:
+    """What an interval of a difference says of a claim: that it has this sign, or is within a margin of 0."""
+    if interval is None:
+        return "not separable here (one seed)"
+    low, high = interval
+    if margin is not None:
+        if -margin <= low and high <= margin:
+            return "confirmed"
+        return "refuted" if low > margin or high < -margin else "not separable here"
+    if sign < 0:
+        low, high = -high, -low
+    return "confirmed" if low > 0 else "refuted" if high < 0 else "not separable here"
+
+
+def panels(results) -> dict[str, dict[str, dict]]:
+    """What `plots.seed_dots` draws."""
+    drawn = {}
+    for arm, rows in by_arm(results).items():
+        drawn[arm] = {}
+        for name, found in rows.items():
+            shares = [needles(row, _target(results, arm)) for row in found]
+            if None not in shares:
+                mean, interval = t_interval(shares)
+                drawn[arm][name] = {"seeds": shares, "mean": mean, "interval": interval}
+    return drawn
+
+
+def _target(results, arm: str) -> int:
+    return next((run["target"] for run in results["runs"] if run["arm"] == arm), 0)
+
+
+def _ranges(results, target: int) -> tuple:
+    return (0, results["window"]), (4 * results["window"], target)
+
+
+def _share(cells) -> float:
+    cells = list(cells)
+    return sum(found for found, _ in cells) / sum(asked for _, asked in cells)
+
+
+# ------------------------------------------------------------------------------------------- as text
+
+
+def _percent(shares) -> str:
+    return _number(None if None in shares else [100 * share for share in shares], 1, 0.0, 100.0)
+
+
+def _number(values, digits: int, least: float | None = None, most: float | None = None) -> str:
+    if not values or None in values:
+        return ""
+    mean, interval = t_interval(values)
+    if interval and least is not None:
+        interval = tuple(min(max(end, least), most) for end in interval)
+    return f"{mean:.{digits}f}{_interval(interval, 1, digits, sign='')}"
+
+
+def _pooled(found, target: int) -> str:
+    cells = [cell for row in found for cell in row.get("needles", {}).get(str(target), {}).values()]
+    if not cells:
+        return ""
+    asked = sum(count for _, count in cells)
+    low, high = wilson_interval(sum(correct for correct, _ in cells), asked)
+    return f"[{100 * low:.1f}, {100 * high:.1f}] of {asked:,}"
+
+
+def _interval(interval, scale: float, digits: int, sign: str = "+") -> str:
+    if interval is None:
+        return ""
+    return " [" + ", ".join(f"{scale * end:{sign}.{digits}f}" for end in interval) + "]"
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run_program(main, _FLAGS)
