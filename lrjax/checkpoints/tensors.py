@@ -255,8 +255,7 @@ def _converter(leaf: str, shape: tuple, dtype: np.dtype, sharding, stacked: bool
 @functools.lru_cache(maxsize=64)
 def _placer(sharding):
     """The jitted step from a part to its row of the leaf. Its own program: fused with the update, XLA's CPU backend
-
-    transposes element by element, eight times slower.
+    transposes element by element (0.1 s against 0.012 s for one matrix, one measurement).
     """
 
     def place(leaf_value, part, layer):
