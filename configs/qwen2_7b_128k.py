@@ -29,6 +29,7 @@ def get_config(variant: str = ""):
         "mlp_dim": 18944,
         "rope_theta": 1000000.0,
         "qkv_bias": True,
+        "family": "qwen2",
     }
     # RoPE base: the paper's rule: 13.5M.
     config.window = 32768

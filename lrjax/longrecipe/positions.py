@@ -50,8 +50,8 @@ Transform = Callable[[Sequence[int], int, np.random.Generator], Int32[np.ndarray
 _MAX_TARGET = np.iinfo(np.int32).max
 _RUNS_BETWEEN_FEW_GAPS = 5
 _SENTENCES_OF_A_PARAGRAPH = 5
-# Settings of CREAM, as remembered of the paper: head and tail when the middle is to be long, and the spread of the middle's place
-# in units of the training length.
+# Settings of CREAM, as remembered of the paper: head and tail when the middle is to be long, and the spread of the
+# middle's place in units of the training length.
 _CREAM_SHORT_ENDS = 32
 _CREAM_SIGMA = 3.0
 
