@@ -137,7 +137,8 @@ def _wanted_first(wanted_S, rng, shuffle_wanted=False) -> np.ndarray:
 
 
 def _with_sources(order, sentence_L, source_L) -> np.ndarray:
-    """An order of sentences, with those that a sentence's tokens are repeated from moved up right behind it."""
+    """An order of sentences, with those that a sentence's tokens are repeated from moved up right behind it,
+    in the order of the tokens that repeat them."""
     rank_S = np.empty_like(order)
     rank_S[order] = np.arange(len(order))
     linked = np.flatnonzero(np.asarray(source_L) >= 0)
