@@ -71,7 +71,7 @@ def run_program(main_function, own: ProgramFlags | None = None) -> None:
 
 def keep_freed_memory() -> None:
     """Lets the C allocator keep what is freed. XLA's CPU programs take and free their temporaries at every step, and
-    glibc gives large ones back to the system each time, which then clears the pages again: a quarter of the time of
+    glibc gives large ones back to the system each time, which then clears the pages again: a fifth of the time of
     the small models' steps. Does nothing where the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -23,8 +23,8 @@ def smollm2():
     return load_tokenizer(gguf.packaged_smollm2())
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_file(tmp_path_factory):
+def train_sentencepiece(**settings) -> io.BytesIO:
+    """A tiny model of two sentences."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -35,7 +35,14 @@ def sentencepiece_file(tmp_path_factory):
         model_type="bpe",
         byte_fallback=True,
         minloglevel=2,
+        **settings,
     )
+    return model
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    model = train_sentencepiece()
     path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
@@ -176,20 +183,11 @@ def test_sentencepiece_pieces_and_chat_template(sentencepiece_file, tmp_path):
 @pytest.fixture(scope="module")
 def with_special_tokens(tmp_path_factory):
     """A directory as Llama 2's and Mistral's: a sentencepiece model, control and added tokens."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT, "the cat sat on the mat", "a dog was here and there"] * 9),
-        model_writer=model,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
+    model = train_sentencepiece(
         user_defined_symbols=["<usr>"],
         control_symbols=["[INST]"],
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        minloglevel=2,
     )
     directory = tmp_path_factory.mktemp("special")
     (directory / "tokenizer.model").write_bytes(model.getvalue())
