@@ -14,6 +14,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from lrjax.errors import UserError
+from lrjax.longrecipe import classing, impact
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.models.llama import LlamaConfig
 from lrjax.models.rope import PLAIN, ROPE_TYPES, RopeScaling, paper_theta
@@ -359,6 +360,16 @@ def check(config) -> None:
     for field in ("window", "target_length", "train_length"):
         if config[field] < 2:
             raise UserError(f"config.{field} {config[field]}: allowed: 2 tokens and more")
+    # These are read after pretraining and scoring, which would be too late to learn of a mistake.
+    for field, allowed in (
+        ("score", impact.SCORES),
+        ("top", impact.TOPS),
+        ("classes", classing.KINDS),
+    ):
+        if config.analyse[field] not in allowed:
+            raise UserError(
+                f"config.analyse.{field} {config.analyse[field]!r}: allowed: {', '.join(allowed)}"
+            )
     if config.rope_scaling.rope_type:
         target_scaling(config)
     if config.data.bad_document not in ("error", "skip"):
