@@ -131,7 +131,9 @@ def run(folder: pathlib.Path, dtype: str) -> None:
     import jax
 
     from lrjax.checkpoints import huggingface
+    from lrjax.command import keep_freed_memory
 
+    keep_freed_memory()  # as the programs do
     jax.block_until_ready(jax.numpy.zeros(8))
     watch = Watch()
     watch.start()

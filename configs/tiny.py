@@ -132,6 +132,8 @@ def _make_quick(config):
     for section in sections:
         section.update(steps=6, log_every=1, checkpoint_every=2, warmup_steps=2)
     config.probe.global_batch_size = 4  # the batch may be split over devices
+    for section in config.pretrain.values():
+        section.global_batch_size = 8
     for name in ("rpes", "pose", "full", "longrecipe_random", "longrecipe_first"):
         del config.methods[name]
     config.merge.curve = (0.5,)

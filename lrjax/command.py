@@ -62,6 +62,7 @@ def run_program(main_function, own: ProgramFlags | None = None) -> None:
     """Runs a command-line program: a `UserError` is one line and exit code 2."""
     logging.set_verbosity(logging.INFO)
     _quieten()
+    keep_freed_memory()
     try:
         app.run(main_function, flags_parser=own.parse if own else parse_flags)
     except UserError as error:

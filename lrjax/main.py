@@ -10,7 +10,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from lrjax import multihost, preemption, recipe
-from lrjax.command import keep_freed_memory, run_program
+from lrjax.command import run_program
 from lrjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,7 +26,6 @@ def main(argv) -> None:
     config = config_of_flag()
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; see --help")
-    keep_freed_memory()
     multihost.start()
     try:
         preemption.end_on_notice()

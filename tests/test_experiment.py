@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import COMPILE_SOON
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -284,7 +285,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
         sys.executable, "-m", "lrjax.experiment", f"--config={tmp_path}/two.py:smoke", "--seeds=0",
         "--processes=2", f"--workdir={tmp_path}/runs", f"--out={tmp_path}/results",
     ]  # fmt: skip
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_SOON}
 
     def call():
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

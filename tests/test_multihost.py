@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from conftest import COMPILE_SOON
 
 from lrjax import multihost
 from lrjax.reporting.metrics import read_rows
@@ -21,14 +22,15 @@ FLAGS = [
     "--config.mesh.fsdp=2",
     "--config.mesh.context=2",
     "--config.row_multiple=4",
-    # One checkpoint is enough of evaluation, which is most of a run this short.
+    # Small steps, and one checkpoint to evaluate: most of a run this short is compiling in any case.
+    "--config.extend.global_batch_size=4",
+    "--config.replay.global_batch_size=4",
     "--config.evaluate.checkpoints=('merged',)",
+    "--config.evaluate.niah.lengths=(512,)",
     "--config.merge.curve=()",
     "--config.evaluate.during.every=0",
     "--config.evaluate.during.tasks=()",
 ]
-# Five processes compile the same programs here, for steps of milliseconds.
-COMPILE_SOON = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def start(workdir, processes, devices, log):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import COMPILE_SOON
 
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "colab").glob("*.ipynb"))
@@ -34,7 +35,8 @@ def test_committed_outputs_and_link(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path):
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "LRJAX_QUICK": "1", "IPYTHONDIR": str(tmp_path),
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_SOON, "LRJAX_QUICK": "1",
+        "IPYTHONDIR": str(tmp_path),
     }  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-c", RUN, str(path)], env=environment, capture_output=True, text=True

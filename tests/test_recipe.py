@@ -9,10 +9,15 @@ import sys
 import time
 
 import pytest
+from conftest import COMPILE_SOON
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Not the eight fake devices of the other tests: a run as a user starts it.
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_SOON}
+COMPILE_WELL = {
+    **ENVIRONMENT,
+    "XLA_FLAGS": "",
+}  # a real model: running it takes longer than compiling
 STAGES = ["import", "probe", "score", "analyse", "select", "extend", "replay", "merge", "evaluate"]
 
 
@@ -27,11 +32,11 @@ def command(workdir, *flags, config="configs/tiny.py:quick"):
     ]
 
 
-def run(workdir, *flags, **kwargs):
+def run(workdir, *flags, environment=ENVIRONMENT, **kwargs):
     return subprocess.run(
         command(workdir, *flags, **kwargs),
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         text=True,
     )
@@ -140,7 +145,8 @@ def test_analyse_says_what_selections_keep(finished):
 
 @pytest.mark.slow
 def test_smollm2_passes_through_every_stage(tmp_path):
-    result = run(tmp_path / "run", config="configs/smollm2_135m.py:quick")
+    config = "configs/smollm2_135m.py:quick"
+    result = run(tmp_path / "run", config=config, environment=COMPILE_WELL)
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == STAGES

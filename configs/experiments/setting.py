@@ -93,6 +93,8 @@ def _make_small(config) -> None:
     for entry in config.methods.values():
         entry.steps = min(entry.steps, 2)
     config.analyse.min_lift = 0.0
-    config.evaluate.niah.samples_per_cell = 2
+    for section in config.pretrain.values():
+        section.global_batch_size = 8
+    config.evaluate.niah.update(depths=(0.2, 0.8), samples_per_cell=2)
     config.evaluate.short.documents = 4
     config.evaluate.lds.documents = min(config.evaluate.lds.documents, 2)

@@ -8,6 +8,7 @@ is in `checkpoints.families`.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -15,23 +16,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from lrjax.checkpoints import families
 from lrjax.checkpoints.streamed_output import Output, safetensors_layout
-from lrjax.checkpoints.streaming import Tensor
+from lrjax.checkpoints.streaming import SafetensorsSource, Tensor, read_json, write_json
 from lrjax.checkpoints.tensors import Slot, Stored, check, gather, scatter, slots
 from lrjax.data.generation import GENERATION_FILE
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models.llama import LlamaConfig
 
-_NO_WEIGHT = (
-    "rotary_emb.inv_freq"  # a table that old versions of transformers saved with the weights
-)
-_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _SHARD_BYTES = 5 * 10**9
 _COMPARED_ROWS = 4096
 _SOURCE_FILE = "source.json"  # in NAME.partial: what its shards were made of
@@ -61,31 +56,17 @@ def open_model(directory: str | Path):
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; models are loaded from local directories")
+    raw = read_json(directory / "config.json")
     try:
-        config = families.read_config(_read_json(directory / "config.json"))
+        config = families.read_config(raw)
     except UserError as error:
-        if str(error).startswith(str(directory)):
-            raise
         raise UserError(f"{directory / 'config.json'}: {error}") from error
     names, shapes = families.tensor_names(config), slots(config)
-    with contextlib.ExitStack() as files:
-        found = {}
-        for path in _weight_files(directory):
-            try:
-                file = files.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (OSError, safetensors.SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if name.endswith(_NO_WEIGHT):
-                    continue
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{path}: {name} is stored as {tensor.get_dtype()}; "
-                        f"known are {', '.join(_DTYPES)}"
-                    )
-                dtype = _DTYPES[tensor.get_dtype()]
-                found[name] = Stored(tuple(tensor.get_shape()), dtype, tensor.__getitem__)
+    with contextlib.closing(SafetensorsSource(directory)) as source:
+        found = {
+            name: Stored(*tensor, functools.partial(_mapped, source, name))
+            for name, tensor in source.tensors.items()
+        }
         expected = {
             name: _joined_shape([shapes[s] for s in parts]) for name, parts in names.items()
         }
@@ -99,6 +80,10 @@ def open_model(directory: str | Path):
                 stored[slot] = _rows(found[name], start, shapes[slot])
                 start += shapes[slot][0]
         yield config, stored
+
+
+def _mapped(source: SafetensorsSource, name: str, index) -> np.ndarray:
+    return source.mapped(name)[index]
 
 
 def _drop_tied_head(found: dict[str, Stored], directory: Path) -> None:
@@ -193,10 +178,10 @@ def write_model(
         generation = own | dict(loaded.generation if generation is None else generation)
     if generation:
         raw = raw | {name: generation[name] for name in generation if name in _TOKENS}
-        _write_json(partial / GENERATION_FILE, dict(generation))
+        write_json(partial / GENERATION_FILE, dict(generation))
     if card is not None:
         (partial / "README.md").write_text(card, encoding="utf-8")
-    _write_json(partial / "config.json", raw)
+    write_json(partial / "config.json", raw)
     _write_weights(partial, families.tensor_names(config), stored, progress)
     # Gone before the rename: whoever is stopped between the two begins anew, and no trace of it is ever in a result.
     (partial / _SOURCE_FILE).unlink(missing_ok=True)
@@ -221,18 +206,6 @@ def _new(directory: str | Path) -> Path:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not empty; save to a new directory")
     return directory
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{directory}: neither {single.name} nor {index.name} in this directory")
-    paths = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise UserError(f"{index}: names files that are not there: {', '.join(missing)}")
-    return paths
 
 
 def _write_weights(directory: Path, names, stored: Mapping[Slot, Stored], progress) -> None:
@@ -273,25 +246,9 @@ def _write_weights(directory: Path, names, stored: Mapping[Slot, Stored], progre
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _described(parts: list[Stored]) -> Tensor:
     """The tensor that parts make one after the other along their rows."""
     return Tensor(_joined_shape([part.shape for part in parts]), parts[0].dtype)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return content
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -107,7 +107,7 @@ class _Source:
 
 
 class SafetensorsSource(_Source):
-    """An HF directory. The files are read, not mapped: mapped pages would count as memory."""
+    """An HF directory. `read` reads the files, for mapped pages would count as memory; `mapped` maps them."""
 
     kind = "safetensors"
 
@@ -116,7 +116,7 @@ class SafetensorsSource(_Source):
         self.config = read_json(path / "config.json")
         self.weight_files = _weight_files(path)
         self.tensors, self.places = {}, {}
-        self._descriptors = {}
+        self._descriptors, self._maps = {}, {}
         self._local = threading.local()
         for file in self.weight_files:
             for name, (tensor, offset) in _read_header(file).items():
@@ -133,6 +133,21 @@ class SafetensorsSource(_Source):
                     f"{path}: the index names tensors that its files do not hold: {', '.join(absent[:5])}"
                     f"{' ...' if len(absent) > 5 else ''}; is it being written?"
                 )
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A tensor as a view of its file's pages, of which the next ones are asked for: no copy, and no memory kept."""
+        file, offset = self.places[name]
+        shape, dtype = self.tensors[name]
+        if not self.tensors[name].size:
+            return np.empty(shape, dtype)
+        os.posix_fadvise(
+            self._descriptors[file], offset, 2 * self.tensors[name].nbytes, os.POSIX_FADV_WILLNEED
+        )
+        if file not in self._maps:
+            self._maps[file] = np.memmap(file, np.uint8, mode="r")
+        return (
+            self._maps[file][offset : offset + self.tensors[name].nbytes].view(dtype).reshape(shape)
+        )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Into a buffer of this thread, which the next call uses again: fresh memory would cost more than the copy."""
@@ -152,6 +167,7 @@ class SafetensorsSource(_Source):
         return block
 
     def close(self) -> None:
+        self._maps.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -206,7 +222,13 @@ def _read_header(file: pathlib.Path) -> dict[str, tuple[Tensor, int]]:
                 f"{file}: {name} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}"
             )
         tensor = Tensor(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        tensors[name] = tensor, 8 + length + entry["data_offsets"][0]
+        first, last = entry["data_offsets"]
+        if not 0 <= first <= last <= end or last - first != tensor.nbytes:
+            raise UserError(
+                f"{file}: cannot be read as safetensors: {name} has {tensor.nbytes} bytes by its shape, and lies "
+                f"at {first} to {last}"
+            )
+        tensors[name] = tensor, 8 + length + first
     return tensors
 
 
