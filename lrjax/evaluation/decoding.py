@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 
 from lrjax.errors import UserError
-from lrjax.models.head import logits
+from lrjax.models.bits import to_bits
+from lrjax.models.head import next_token_logits
 from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.sharding import constrain
 
 SEGMENT = 16
 _MAX_EOS = 8  # end tokens of one model
-_HEAD_ROWS = 16
 
 
 def decode(
@@ -96,10 +96,7 @@ class _State(NamedTuple):
 def _choose(way, params, x_BD, sampling, key, number):
     """Token `number` of each row, and whether it ends the row."""
     temperature, top_p, eos_ids = sampling
-    B = x_BD.shape[0]
-    # Of one bfloat16 row XLA's CPU backend makes a float32 product with a copy of the whole head: 8 times as slow.
-    x_BD = jnp.pad(x_BD, ((0, max(_HEAD_ROWS - B, 0)), (0, 0)))
-    logits_BV = logits(params, x_BD[:, None])[:B, 0]
+    logits_BV = next_token_logits(params, x_BD)
     if way == "greedy":
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
@@ -168,14 +165,18 @@ def nucleus(logits_BV: jax.Array, top_p) -> jax.Array:
 def ready(config: LlamaConfig, params):
     """Parameters on the device, matrices in the compute dtype: not rounded anew for every token.
 
-    The model rounds them the same way at every use, so nothing else changes. Norm scales (and biases) stay.
+    The model rounds them the same way at every use, so nothing else changes. Norm scales (and biases) stay. Matrices
+    of layers are held as `lrjax.models.bits` has them.
     """
 
     def leaf(path, value):
         value = jnp.asarray(value)
         name = str(path[-1].key)
-        matrix = value.ndim >= 2 and "norm" not in name and "bias" not in name
-        return value.astype(config.dtype) if matrix and value.dtype == jnp.float32 else value
+        if value.ndim < 2 or "norm" in name or "bias" in name:
+            return value
+        if value.dtype == jnp.float32:
+            value = value.astype(config.dtype)
+        return to_bits(value) if path[0].key == "layers" else value
 
     return jax.tree.map_with_path(leaf, params)
 

@@ -7,21 +7,23 @@ Every call writes its L tokens at indices `length .. length + L - 1`, in all row
 prompt may come in chunks. RoPE scalings that depend on the length (dynamic, longrope) go by `max_length`, so
 that all chunks agree on one encoding. Rows of different lengths are padded on the left with segment id 0. Writing past
 `max_length` is the caller's mistake and cannot be seen under jit: size the cache for prompt and answer.
+Of bfloat16 keys and values it holds the bits (`lrjax.models.bits`).
 """
 
 import jax.numpy as jnp
 
+from lrjax.models.bits import to_bits
 from lrjax.sharding import current
 
 
 def init_cache(config, batch: int, max_length: int, dtype=None) -> dict:
     """An empty cache for `batch` rows of up to `max_length` tokens.
 
-    Returns {"k", "v": [layers, B, S, K, H] in `dtype` (default: the compute dtype),
+    Returns {"k", "v": [layers, B, S, K, H] in `dtype` (default: the compute dtype) as `to_bits` has it,
     "segment_ids": int32 [B, S], 0 where empty, "length": int32 scalar}.
     """
     shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
-    dtype = jnp.dtype(dtype or config.dtype)
+    dtype = to_bits(jnp.zeros((), dtype or config.dtype)).dtype
     here = current()
 
     def zeros(shape, dtype, names):

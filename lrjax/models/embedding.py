@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrjax import sharding
+from lrjax.models.bits import from_bits, to_bits
 
 TABLE_AXES = (None, "table_embed")
 
@@ -17,7 +18,7 @@ def embed(table_VD, tokens_BL, dtype):
     """Rows of the table, [B, L, D] in `dtype`; NaN for a token id beyond the table."""
 
     def take(table_VD, tokens_BL):
-        return jnp.take(table_VD, tokens_BL, axis=0, mode="fill").astype(dtype)
+        return _rows(table_VD, tokens_BL).astype(dtype)
 
     here = sharding.current()
     if not here.split:
@@ -44,6 +45,27 @@ def embed(table_VD, tokens_BL, dtype):
         out_specs=here.spec(("batch", "length", None), (*tokens_BL.shape, table_VD.shape[1])),
         check_vma=False,
     )(table_VD, tokens_BL)  # fmt: skip
+
+
+@jax.custom_vjp
+def _rows(table_VD, tokens_BL):
+    """Rows of the table as stored: of bfloat16, XLA's CPU backend would first make all of it float32."""
+    inside_BL1 = ((tokens_BL >= 0) & (tokens_BL < len(table_VD)))[..., None]
+    rows_BLD = from_bits(jnp.take(to_bits(table_VD), tokens_BL, axis=0, mode="clip"))
+    return jnp.where(inside_BL1, rows_BLD, jnp.nan)
+
+
+def _rows_forward(table_VD, tokens_BL):
+    return _rows(table_VD, tokens_BL), (table_VD, tokens_BL)
+
+
+def _rows_backward(residuals, g_BLD):
+    table_VD, tokens_BL = residuals
+    _, add_up = jax.vjp(lambda table: jnp.take(table, tokens_BL, axis=0, mode="fill"), table_VD)
+    return *add_up(g_BLD), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def _axes(entry) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lrjax.errors import UserError
 from lrjax.models import context
 from lrjax.models.attention import IMPLEMENTATIONS, attention
+from lrjax.models.bits import from_bits, to_bits
 from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
 from lrjax.models.rope import PLAIN, RopeScaling, apply_rope, rope_angles
@@ -287,7 +288,7 @@ class Layer(nn.Module):
         )  # additions to the residual stream: its variance stays 1 at the start
 
         def weight(name, shape, inputs, branches=1):
-            return self.param(name, _normal(inputs * branches), shape, jnp.float32)
+            return from_bits(self.param(name, _normal(inputs * branches), shape, jnp.float32))
 
         def norm(name, x):
             scale = self.param(name, _norm_init(c), x.shape[-1:], jnp.float32)
@@ -422,10 +423,11 @@ def _normal(inputs: int):
 
 def _extend(cache_nBSKH, new_BLKH, layer, start):
     """Writes new keys or values into one layer of the cache: (the cache, that layer's [B, S, K, H])."""
-    new_BLKH = new_BLKH.astype(cache_nBSKH.dtype)
+    held = cache_nBSKH.dtype
+    new_BLKH = to_bits(new_BLKH.astype(jnp.bfloat16 if held == jnp.uint16 else held))
     if context.devices_along_length() == 1:
         cache_nBSKH = lax.dynamic_update_slice(cache_nBSKH, new_BLKH[None], (layer, 0, start, 0, 0))
-        return cache_nBSKH, lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False)
+        return cache_nBSKH, from_bits(lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False))
     # The keys are split over devices. A slice that begins anywhere would have XLA gather the whole cache on each of
     # them; here every place asks for what it gets.
     old_BSKH = lax.dynamic_index_in_dim(cache_nBSKH, layer, keepdims=False)
@@ -433,4 +435,5 @@ def _extend(cache_nBSKH, new_BLKH, layer, start):
     inside_S11 = ((from_S >= 0) & (from_S < new_BLKH.shape[1]))[:, None, None]
     placed_BSKH = jnp.take(new_BLKH, from_S, axis=1, mode="clip")
     layer_BSKH = jnp.where(inside_S11, placed_BSKH, old_BSKH)
-    return lax.dynamic_update_index_in_dim(cache_nBSKH, layer_BSKH, layer, 0), layer_BSKH
+    cache_nBSKH = lax.dynamic_update_index_in_dim(cache_nBSKH, layer_BSKH, layer, 0)
+    return cache_nBSKH, from_bits(layer_BSKH)
