@@ -198,7 +198,11 @@ class Ties(_Differences):
     threshold's magnitude are among them is open in the paper: they are taken evenly spread over the tensor.
     """
 
-    DIGITS = ((16, 15), (0, 16))  # (shift, width) of the bits that are looked at in a pass
+    DIGITS = (
+        (20, 11),
+        (10, 10),
+        (0, 10),
+    )  # (shift, width) of the bits that are looked at in a pass
 
     def __init__(self):
         super().__init__(elect=True)
