@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from lrjax.sharding import constrain
+from lrjax.sharding import constrain, current
 
 
 def contract(x, w, dimensions) -> jax.Array:
@@ -30,9 +30,10 @@ def outer_sum(x_TI, g_TO) -> jax.Array:
     """x^T g summed over the tokens T, float32 [I, O]: the gradient of a weight.
 
     XLA's CPU backend has no fast path for a product that contracts the first axis of its left operand; x
-    transposed in memory has one. Other platforms choose their own layouts.
+    transposed in memory has one. Other platforms choose their own layouts, and where tokens are split over devices
+    the constraint would have every device gather all of them.
     """
-    if x_TI.dtype != jnp.bfloat16:
+    if x_TI.dtype != jnp.bfloat16 or current().split:
         return contract(x_TI, g_TO, ((0,), (0,)))
 
     def cpu(x_TI, g_TO):
