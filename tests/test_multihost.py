@@ -27,6 +27,7 @@ FLAGS = [
     "--config.replay.global_batch_size=4",
     "--config.evaluate.checkpoints=('merged',)",
     "--config.evaluate.niah.lengths=(512,)",
+    "--config.evaluate.perplexity.source=",
     "--config.merge.curve=()",
     "--config.evaluate.during.every=0",
     "--config.evaluate.during.tasks=()",
