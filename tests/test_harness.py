@@ -4,6 +4,7 @@ Needs requirements-eval.txt; skipped without it.
 """
 
 import json
+import shutil
 import types
 
 import jax
@@ -96,7 +97,8 @@ def test_texts_end_before_their_stop(model):
         model.generate_until([request("a" * 200, {"max_gen_toks": 100})])
 
 
-def test_a_local_task_runs_through_the_harness(checkpoint, tmp_path):
+def local_sums(checkpoint, tmp_path, model_args="", **how):
+    """What the harness says of a task of four questions in a file."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -113,12 +115,32 @@ def test_a_local_task_runs_through_the_harness(checkpoint, tmp_path):
         "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    found = lm_eval.simple_evaluate(
-        model="lrjax", model_args=f"pretrained={checkpoint},dtype=float32", tasks=["local_sums"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
+    return lm_eval.simple_evaluate(
+        model="lrjax", model_args=f"pretrained={checkpoint},dtype=float32{model_args}", tasks=["local_sums"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0, **how,
     )  # fmt: skip
+
+
+def test_a_local_task_runs_through_the_harness(checkpoint, tmp_path):
+    found = local_sums(checkpoint, tmp_path)
     assert 0 <= found["results"]["local_sums"]["acc,none"] <= 1
     assert found["n-samples"]["local_sums"]["effective"] == 4
+
+
+def test_a_chat_template_reaches_the_prompts(checkpoint, tmp_path):
+    shutil.copytree(checkpoint / "tokenizer", tmp_path / "chatty")
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    found = local_sums(
+        checkpoint, tmp_path, f",tokenizer={tmp_path / 'chatty'}", log_samples=True,
+        apply_chat_template=True, system_instruction="Be short.",
+    )  # fmt: skip
+    first = min(found["samples"]["local_sums"], key=lambda sample: sample["doc_id"])
+    context = first["arguments"][0][0]
+    assert context == "<system>Be short.<user>0 plus 1 is<assistant>"
+    assert 0 <= found["results"]["local_sums"]["acc,none"] <= 1
 
 
 def test_mistakes_are_named(checkpoint, model, monkeypatch):
