@@ -128,10 +128,8 @@ def _claims(results) -> list[str]:
         "| claim | rows | paper | difference | p (t; signs) | here | by the answer's nats |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    arms = by_arm(results)
     for claim in results["claims"]:
-        arm = claim.get("arm", results["arms"][0])
-        found = compare(claim, arms.get(arm, {}), _target(results, arm))
+        found = compare(results, claim)
         if found is None:
             continue
         scale, digits = (100, 1) if claim["measure"] == "needles" else (1, 3)
@@ -140,10 +138,11 @@ def _claims(results) -> list[str]:
         p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
         second = ""
         if claim["measure"] == "needles" and "margin" not in claim:
-            nats = compare(claim | {"measure": "answer_nll"}, arms[arm], _target(results, arm))
+            nats = compare(results, claim | {"measure": "answer_nll"})
             second = f"{nats['mean']:+.3f}{_interval(nats['interval'], 1, 3)}: {nats['verdict']}"
+        where = f"{claim['arm']}: " if claim.get("arm") and "worse_arm" not in claim else ""
         lines.append(
-            f"| {arm + ': ' if claim.get('arm') else ''}{claim['text']}{margin} | {claim['better']}, {claim['worse']} "
+            f"| {where}{claim['text']}{margin} | {claim['better']}, {claim['worse']} "
             f"| {claim.get('paper', '')} | {scale * found['mean']:+.{digits}f}{interval} ({claim['measure']}) "
             f"| {p_values} | **{found['verdict']}** | {second} |"
         )
@@ -156,7 +155,7 @@ def _origin(results) -> list[str]:
     digests = {}
     for run in runs:
         digests.setdefault(run["config_digest"], run["arm"] or "the config")
-    seeds = {arm: [run["seed"] for run in runs if run["arm"] == arm] for arm in results["arms"]}
+    seeds = {arm: _seeds(results, arm) for arm in results["arms"]}
     texts = [
         f"{arm + ': ' if arm else ''}{', '.join(map(str, found)) or 'none'}"
         for arm, found in seeds.items()
@@ -241,11 +240,18 @@ def distant(row: Mapping, target: int, near: float, far: float) -> float | None:
     return _share(chosen) if chosen else None
 
 
-def compare(claim: Mapping, rows: Mapping[str, list], target: int) -> dict | None:
-    """`statistics.paired` of the claim's rows, and its "verdict"; None where a row is not there."""
+def compare(results: Mapping, claim: Mapping) -> dict | None:
+    """`statistics.paired` of the claim's rows, and its "verdict"; None where a row is not there, or the two are of
+    arms whose runs have other seeds."""
+    arms = by_arm(results)
+    arm = claim.get("arm", results["arms"][0])
+    other = claim.get("worse_arm", arm)
+    if _seeds(results, arm) != _seeds(results, other):
+        return None
+    target = _target(results, arm)
     pairs = [
-        [measure(row, claim["measure"], target) for row in rows.get(claim[side], ())]
-        for side in ("better", "worse")
+        [measure(row, claim["measure"], target) for row in arms.get(of, {}).get(claim[side], ())]
+        for of, side in ((arm, "better"), (other, "worse"))
     ]
     if not all(pairs) or None in pairs[0] + pairs[1]:
         return None
@@ -279,6 +285,10 @@ def panels(results) -> dict[str, dict[str, dict]]:
                 mean, interval = t_interval(shares)
                 drawn[arm][name] = {"seeds": shares, "mean": mean, "interval": interval}
     return drawn
+
+
+def _seeds(results, arm: str) -> list[int]:
+    return sorted(run["seed"] for run in results["runs"] if run["arm"] == arm)
 
 
 def _target(results, arm: str) -> int:

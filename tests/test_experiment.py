@@ -15,6 +15,7 @@ from conftest import COMPILE_SOON
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from configs.experiments import setting
 from lrjax import choosing, examples, experiment, results
 from lrjax import config as config_lib
 from lrjax.data.records import RecordFile, write_records
@@ -59,7 +60,9 @@ def test_every_arm_is_a_config_whose_claims_name_its_rows(name):
         smoke = module.get_config(f"{arm},smoke" if arm else "smoke")
         assert smoke.extend.steps < 5 < config.extend.steps
     for claim in module.CLAIMS:
-        assert {claim["better"], claim["worse"]} <= rows[claim.get("arm", module.ARMS[0])], claim
+        arm = claim.get("arm", module.ARMS[0])
+        assert claim["better"] in rows[arm], claim
+        assert claim["worse"] in rows[claim.get("worse_arm", arm)], claim
     with pytest.raises(UserError, match="variant 'nonsense'; allowed"):
         module.get_config("nonsense")
 
@@ -217,6 +220,18 @@ def test_intervals_of_one_value_and_of_equal_ones():
 )
 def test_verdicts(interval, sign, margin, expected):
     assert results.verdict(interval, sign, margin) == expected
+
+
+def test_a_claim_may_be_about_two_arms():
+    def run(arm, seed, found):
+        row = {"needles": {"512": {"0.5": [found, 80]}}}
+        return {"arm": arm, "seed": seed, "target": 512, "rows": {arm: row}}
+
+    runs = [run("a", 1, 40), run("a", 2, 60), run("b", 2, 56), run("b", 1, 32)]
+    claim = setting.claim("alike", "a", "b", arm="a", worse_arm="b")
+    found = results.compare({"arms": ["a", "b"], "runs": runs}, claim)
+    assert found["mean"] == pytest.approx((8 + 4) / 80 / 2)
+    assert results.compare({"arms": ["a", "b"], "runs": runs[:3]}, claim) is None
 
 
 def test_near_and_far_needles():

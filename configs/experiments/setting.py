@@ -62,7 +62,8 @@ def claim(text: str, better: str, worse: str, measure: str = "needles", **more) 
         text: what is claimed.
         better, worse: names of rows.
         measure: needles (share found at the target), answer_nll, short_loss; of the last two less is better.
-        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm.
+        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm; worse_arm:
+            where the row `worse` is of another arm, whose runs have the same seeds and so the same bases.
     """
     return {"text": text, "better": better, "worse": worse, "measure": measure} | more
 
@@ -95,6 +96,7 @@ def _make_small(config) -> None:
     config.analyse.min_lift = 0.0
     for section in config.pretrain.values():
         section.global_batch_size = 8
-    config.evaluate.niah.update(depths=(0.2, 0.8), samples_per_cell=2)
+    lengths = (config.window, config.target_length)
+    config.evaluate.niah.update(lengths=lengths, depths=(0.2, 0.8), samples_per_cell=2)
     config.evaluate.short.documents = 4
     config.evaluate.lds.documents = min(config.evaluate.lds.documents, 2)

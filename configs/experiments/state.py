@@ -11,7 +11,17 @@ from lrjax.config import method
 
 ARMS = ("adamw_float32", "adamw_bfloat16", "adafactor_float32", "adafactor_bfloat16")
 
-CLAIMS = ()  # rows of different arms are compared by their intervals
+CLAIMS = tuple(
+    setting.claim(
+        f"{arm} is as good as AdamW in float32",
+        arm,
+        ARMS[0],
+        margin=0.05,
+        arm=arm,
+        worse_arm=ARMS[0],
+    )
+    for arm in ARMS[1:]
+)
 
 
 def get_config(variant: str = ""):
