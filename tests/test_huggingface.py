@@ -298,6 +298,11 @@ def test_unreadable_directories_are_one_clear_line(saved, tmp_path):
     changed = json.dumps(header).encode()
     weights.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
     assert "model.norm.weight has 260 bytes by its shape" in refusal(saved)
+    short = {"dtype": "F32", "shape": [], "data_offsets": [0]}
+    for header in ([], {"x": {}}, {"x": [1]}, {"x": short}):
+        changed = json.dumps(header).encode()
+        weights.write_bytes(len(changed).to_bytes(8, "little") + changed)
+        assert "model.safetensors: cannot be read as safetensors" in refusal(saved), header
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
     weights.unlink()
     assert "names files that are not there: model-1.safetensors" in refusal(saved)

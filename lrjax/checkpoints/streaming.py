@@ -197,32 +197,36 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
 
 def _read_header(file: pathlib.Path) -> dict[str, tuple[Tensor, int]]:
     """Tensor and offset in the file by name; an UserError for a file that is cut short or no safetensors."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise UserError(f"{file}: cut short in its header ({size} bytes); is it being written?")
-        try:
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > size - 8:
+                raise UserError(
+                    f"{file}: cut short in its header ({size} bytes); is it being written?"
+                )
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, entry in header.items():
+            first, last = map(int, entry["data_offsets"])
+            entries[name] = entry["dtype"], tuple(map(int, entry["shape"])), first, last
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{file}: cannot be read as safetensors: {reason}") from error
+    end = max((last for *_, last in entries.values()), default=0)
     if 8 + length + end != size:
         raise UserError(
             f"{file}: {size} bytes, its header says {8 + length + end}; is it being written?"
         )
     tensors = {}
-    for name, entry in header.items():
+    for name, (code, shape, first, last) in entries.items():
         if name.endswith(_NO_WEIGHT):
             continue
-        if entry["dtype"] not in DTYPES:
-            raise UserError(
-                f"{file}: {name} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}"
-            )
-        tensor = Tensor(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        first, last = entry["data_offsets"]
+        if code not in DTYPES:
+            raise UserError(f"{file}: {name} is stored as {code}; known are {', '.join(DTYPES)}")
+        tensor = Tensor(shape, DTYPES[code])
         if not 0 <= first <= last <= end or last - first != tensor.nbytes:
             raise UserError(
                 f"{file}: cannot be read as safetensors: {name} has {tensor.nbytes} bytes by its shape, and lies "

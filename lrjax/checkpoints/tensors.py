@@ -256,7 +256,7 @@ def _placer(sharding):
     def place(leaf_value, part, layer):
         dtype, bits = leaf_value.dtype, f"uint{8 * leaf_value.dtype.itemsize}"
         part = part.reshape(leaf_value.shape[1:]).astype(dtype)
-        # As integers: of a bfloat16, XLA's CPU backend copies element by element (17.5 ms against 1.8 for one matrix).
+        # As integers: bfloat16 XLA's CPU backend copies element by element (see lrjax.models.bits).
         leaf_value, part = (lax.bitcast_convert_type(x, bits) for x in (leaf_value, part))
         placed = lax.dynamic_update_index_in_dim(leaf_value, part, layer, axis=0)
         return lax.bitcast_convert_type(placed, dtype)
