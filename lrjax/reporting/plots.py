@@ -337,10 +337,10 @@ def seed_dots(panels: Mapping[str, Mapping[str, Mapping]], label: str):
                     color=COLOURS[6], markersize=3)  # fmt: skip
             ax.plot(100 * entry["mean"], row, "o", color=COLOURS[0], markersize=5.5)
         ax.set_yticks(range(len(entries)), [name.replace("_", " ") for name in entries])
-        ax.invert_yaxis()
+        ax.set_ylim(len(entries) - 0.5, -0.5)
         ax.set_xlim(-3, 103)
         ax.set_title(arm)
-        ax.set_xlabel(label)
+    figure.supxlabel(label, fontsize=ax.xaxis.label.get_size(), color=ax.xaxis.label.get_color())
     return figure
 
 
