@@ -77,4 +77,4 @@ def _make_quick(config):
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))
     config.evaluate.short.update(documents=1, length=256)
     config.merge.curve = (0.5,)
-    config.evaluate.checkpoints = ("base", "merged")
+    config.evaluate.checkpoints = ("merged",)

@@ -4,10 +4,15 @@
 #   launch/local_processes.sh 2 --config=configs/tiny.py:quick --workdir=runs/two
 #
 # DEVICES=2 gives every process so many fake CPU devices; PORT, PYTHON as usual. Everything after N goes to lrjax.main.
-# SIGTERM goes on to all of them: they save and end with 0. The exit code is that of the first that failed.
+# SIGTERM goes on to all of them: they save and end with 0. Where one fails or is killed, the others end with it and the
+# exit code is its; the same command goes on from the last checkpoint.
 set -u
 if [ $# -lt 1 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
   echo "usage: $0 PROCESSES [flags of lrjax.main]" >&2
+  exit 2
+fi
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+  echo "$0 needs bash 5.1 or newer (wait -p); this is $BASH_VERSION" >&2
   exit 2
 fi
 count=$1
@@ -25,22 +30,23 @@ for ((id = 0; id < count; id++)); do
 done
 # shellcheck disable=SC2317,SC2329  # called by the trap
 forward() {
-  signalled=1
   kill -TERM "${pids[@]}" 2>/dev/null
 }
 trap forward TERM INT
 status=0
-for pid in "${pids[@]}"; do
-  signalled=1
-  while [ -n "$signalled" ]; do # a signal ends `wait` early
-    signalled=
-    wait "$pid"
-    code=$?
+running=$count
+while [ "$running" -gt 0 ]; do
+  wait -n -p ended "${pids[@]}"
+  code=$?
+  [ -n "${ended:-}" ] || continue # a signal ends `wait` early
+  running=$((running - 1))
+  for index in "${!pids[@]}"; do
+    [ "${pids[index]}" = "$ended" ] && unset "pids[index]"
   done
   if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
     status=$code
-    # One that is gone would leave the others waiting for it.
-    kill -TERM "${pids[@]}" 2>/dev/null
+    # The others would wait in a collective for the one that is gone, until JAX's heartbeat notices (100 s).
+    [ "$running" -eq 0 ] || kill -KILL "${pids[@]}" 2>/dev/null
   fi
 done
 exit "$status"

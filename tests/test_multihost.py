@@ -1,4 +1,4 @@
-"""Several processes as one run: through all stages, stopped by SIGTERM on the way, the same as one process."""
+"""Several processes as one run: through all stages, killed and stopped on the way, the same as one process."""
 
 import json
 import os
@@ -22,7 +22,12 @@ FLAGS = [
     "--config.mesh.fsdp=2",
     "--config.mesh.context=2",
     "--config.row_multiple=4",
-    # Small steps, and one checkpoint to evaluate: most of a run this short is compiling in any case.
+    # Few and small steps, and one checkpoint to evaluate: most of a run this short is compiling in any case.
+    "--config.pretrain.a_periodic.steps=2",
+    "--config.pretrain.b_language.steps=2",
+    "--config.probe.steps=2",
+    "--config.extend.steps=4",
+    "--config.replay.steps=2",
     "--config.extend.global_batch_size=4",
     "--config.replay.global_batch_size=4",
     "--config.evaluate.checkpoints=('merged',)",
@@ -53,23 +58,37 @@ def finish(process, log):
     assert code == 0, pathlib.Path(log.name).read_text()[-3000:]
 
 
+def wait_for(row, workdir, process):
+    """Until the metrics have a row."""
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 900
+    while not (metrics.exists() and row in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def kill_second(process):
+    """SIGKILL to process 1 of those that the script started."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_two_processes_stopped_and_started_again_are_one_process(tmp_path):
-    """Two processes of two devices each: fsdp over the processes, the sequence within them."""
+def test_two_processes_killed_and_stopped_and_started_again_are_one_process(tmp_path):
+    """Two processes of two devices each: fsdp over the processes, the sequence within them. Checkpoints are of step 2 and 4."""
+    workdir = tmp_path / "two"
     with open(tmp_path / "log", "w") as log:
-        one = start(tmp_path / "one", 1, 4, log)
-        finish(one, log)
-        two = start(tmp_path / "two", 2, 2, log)
-        wanted = '"stage": "contiguous", "step": 3'
-        deadline = time.monotonic() + 900
-        metrics = tmp_path / "two" / "metrics.jsonl"
-        while not (metrics.exists() and wanted in metrics.read_text()):
-            assert two.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        finish(start(tmp_path / "one", 1, 4, log), log)
+        two = start(workdir, 2, 2, log)
+        wait_for('"stage": "contiguous", "step": 3', workdir, two)
+        kill_second(two)
+        assert two.wait(timeout=30) == 128 + signal.SIGKILL
+        two = start(workdir, 2, 2, log)
+        wait_for('"stage": "longrecipe", "step": 1', workdir, two)
         two.send_signal(signal.SIGTERM)
         finish(two, log)
-        assert not (tmp_path / "two" / "stages" / "extend.json").exists()
-        finish(start(tmp_path / "two", 2, 2, log), log)
+        assert not (workdir / "stages" / "extend.json").exists()
+        finish(start(workdir, 2, 2, log), log)
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert [(r["stage"], r["step"]) for r in rows[1]] == [(r["stage"], r["step"]) for r in rows[0]]
     for mine, theirs in zip(

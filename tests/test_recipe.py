@@ -164,10 +164,9 @@ def test_smollm2_passes_through_every_stage(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == STAGES
-    assert set(summary["evaluation"]) == {"base", "merged"}
-    for name in summary["evaluation"]:
-        result = json.loads((tmp_path / f"run/evaluation/{name}/vt.json").read_text())
-        assert summary["evaluation"][name]["vt"] == {"1024": result["1024"]["score"]}
+    assert set(summary["evaluation"]) == {"merged"}
+    result = json.loads((tmp_path / "run/evaluation/merged/vt.json").read_text())
+    assert summary["evaluation"]["merged"]["vt"] == {"1024": result["1024"]["score"]}
     assert "vt" in (tmp_path / "run/report/index.html").read_text()
 
 
