@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Tracing makes objects by the million that live on in JAX's caches: collecting them again and again was 6 % of all tests.
+# Tracing makes millions of objects that live on in JAX's caches: collecting them over and over was 6 % of all tests.
 gc.set_threshold(200_000, 20, 100)
 
 
