@@ -8,18 +8,19 @@
 byte by byte; times stand in `timings.jsonl`. Both go to TensorBoard, a run for each stage.
 """
 
+import importlib
 import json
 import math
 import numbers
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 
 from lrjax.errors import UserError
 
@@ -47,7 +48,7 @@ class MetricWriter:
         for path in paths:
             _drop_rows_after(path, stage, step)
         self._files = tuple(open(path, "a", encoding="utf-8") for path in paths)  # noqa: SIM115
-        self._board = tensorboardX.SummaryWriter(
+        self._board = _tensorboardx().SummaryWriter(
             str(workdir / "tensorboard" / stage), purge_step=step + 1
         )
 
@@ -192,3 +193,14 @@ class Progress:
     def __exit__(self, *exception):
         if self._bar is not None:
             self._bar.stop()
+
+
+def _tensorboardx():
+    """tensorboardX without torch, which it would import for tensors that it is never given here: a second, 200 MB."""
+    if "torch" in sys.modules:
+        return importlib.import_module("tensorboardX")
+    sys.modules["torch"] = None  # to import it is an ImportError, as where it is not installed
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
