@@ -26,7 +26,8 @@ import numpy as np
 
 # A part of every source: where in the flattened tensor it starts, and the base first where a method has one.
 Block = tuple[int, list[np.ndarray]]
-Blocks = Callable[[], Iterator[Block]]
+# All blocks in order; `sample=True`: some from all over the tensor.
+Blocks = Callable[..., Iterator[Block]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +167,13 @@ class _Differences:
             mixed += delta
         if self.elect:
             # The sign of the larger sum wins, a sum of 0 counts as positive; what points elsewhere is left out.
-            positive = mixed >= 0
+            sign = np.copysign(np.float32(1), mixed + np.float32(0))
             mixed, divisor = np.zeros_like(base), np.zeros_like(base)
             for weight, delta in zip(weights, deltas, strict=True):
-                agrees = np.where(positive, delta > 0, delta < 0)
-                mixed += delta * agrees
-                divisor += weight * agrees
+                delta *= sign
+                divisor += np.multiply(delta > 0, weight)
+                mixed += np.maximum(delta, 0, out=delta)
+            mixed *= sign
             divisor += divisor == 0
         else:
             divisor = sum(weights, start=np.float32(0))
@@ -198,40 +200,27 @@ class Ties(_Differences):
     threshold's magnitude are among them is open in the paper: they are taken evenly spread over the tensor.
     """
 
-    DIGITS = (
-        (20, 11),
-        (10, 10),
-        (0, 10),
-    )  # (shift, width) of the bits that are looked at in a pass
-
     def __init__(self):
         super().__init__(elect=True)
 
     def prepare(self, blocks: Blocks, parameters: Parameters, name: str):
-        trims: list = [None] * len(parameters.weight)
-        wanted = [i for i, density in enumerate(parameters.density) if 0 < density < 1]
-        if not wanted:
-            return trims
-        # A float32's bits without its sign grow with its magnitude. So the k-th largest is found without sorting
-        # and without holding the tensor: its bits are counted from the top, a few at a time.
-        ranks, found = {}, dict.fromkeys(wanted, 0)
-        for shift, width in self.DIGITS:
-            counts = {i: np.zeros(1 << width, np.int64) for i in wanted}
+        searches = {
+            i: _Search(density) for i, density in enumerate(parameters.density) if 0 < density < 1
+        }
+        while open_ := {i: search for i, search in searches.items() if search.trim is None}:
+            samples: dict[int, list] = {i: [] for i in open_}
+            for _, (base, *others) in blocks(sample=True):
+                for i in open_:
+                    step = max(8, base.size >> 16)
+                    samples[i].append(_magnitude_bits(others[i][::step] - base[::step]))
+            for i, search in open_.items():
+                search.guess(np.concatenate(samples[i]))
             for _, (base, *others) in blocks():
-                for i in wanted:
-                    bits = _magnitude_bits(others[i] - base)
-                    if shift + width < 31:
-                        bits = bits[bits >> (shift + width) == found[i]]
-                    digit = (bits >> shift) & ((1 << width) - 1)
-                    counts[i] += np.bincount(digit, minlength=1 << width)
-            for i in wanted:
-                if i not in ranks:  # the first pass has counted every element
-                    ranks[i] = max(1, math.floor(parameters.density[i] * int(counts[i].sum())))
-                digit, ranks[i] = _descend(counts[i], ranks[i])
-                found[i] = found[i] << width | digit
-        for i in wanted:
-            trims[i] = _Trim(found[i], int(counts[i][found[i] & (len(counts[i]) - 1)]), ranks[i])
-        return trims
+                for i, search in open_.items():
+                    search.count(_magnitude_bits(others[i] - base))
+            for search in open_.values():
+                search.conclude()
+        return [searches[i].trim if i in searches else None for i in range(len(parameters.weight))]
 
     def thin(self, index, start, delta, parameters, prepared, name) -> np.ndarray:
         if parameters.density[index] >= 1:
@@ -246,12 +235,77 @@ def _magnitude_bits(delta: np.ndarray) -> np.ndarray:
     return delta.view(np.int32) & 0x7FFFFFFF
 
 
-def _descend(histogram: np.ndarray, rank: int) -> tuple[int, int]:
-    """The bin of the rank-th largest element (from 1 on), and its rank inside that bin."""
-    at_least = np.cumsum(histogram[::-1])[::-1]
-    found = int(np.flatnonzero(at_least >= rank)[-1])
-    above = int(at_least[found + 1]) if found + 1 < len(histogram) else 0
-    return found, rank - above
+class _Search:
+    """Finds the threshold that keeps a density of a tensor's differences, neither sorting nor holding the tensor.
+
+    A float32's bits without its sign grow with its magnitude. The bits of the threshold lie in [low, high). A sample
+    says in which part of it they probably lie; a pass counts the elements of that part and over it, and holds the
+    part if it is small: then the threshold is among few. Whatever the sample was, the counts are exact, and the next
+    pass goes on with what is left.
+    """
+
+    HELD = 1 << 20  # elements, or a sixteenth of the tensor
+
+    def __init__(self, density: float):
+        self.density = density
+        self.low, self.high = 0, 1 << 31
+        self.rank = (
+            0  # the threshold is the rank-th largest of all, from 1 on; 0 before the first pass
+        )
+        self.over, self.inside = 0, 0  # how many there are from `high` on, and in [low, high)
+        self.trim: _Trim | None = None
+
+    def guess(self, sample: np.ndarray) -> None:
+        """[from_, to), the part that a pass looks at."""
+        sample = np.sort(sample[(sample >= self.low) & (sample < self.high)])
+        share = (self.rank - self.over) / self.inside if self.rank else self.density
+        place = len(sample) * (1 - share)
+        # Four standard deviations; and neighbours in a tensor are alike, so that the sample knows less than it counts.
+        margin = 4 * math.sqrt(len(sample)) + len(sample) / 64
+        first, last = math.floor(place - margin), math.ceil(place + margin)
+        self.from_ = int(sample[first]) if 0 <= first < len(sample) else self.low
+        self.to = int(sample[last]) + 1 if last < len(sample) else self.high
+        if (
+            self.rank
+            and (self.from_, self.to) == (self.low, self.high)
+            and self.inside > self.limit
+        ):
+            self.to = (self.low + self.high) // 2  # the sample does not help
+        self.seen, self.at_least, self.between = 0, 0, 0
+        self.held: list[np.ndarray] | None = []
+
+    def count(self, bits: np.ndarray) -> None:
+        self.seen += bits.size
+        self.at_least += np.count_nonzero(bits >= self.to)
+        offset = (bits - np.int32(self.from_)).view(np.uint32)  # what lies below wraps around
+        part = offset < np.uint32(self.to - self.from_)
+        self.between += np.count_nonzero(part)
+        if self.held is not None and self.to - self.from_ > 1:
+            self.held.append(bits[part])
+            if self.between > max(self.HELD, self.seen // 16):
+                self.held = None
+
+    def conclude(self) -> None:
+        if not self.rank:
+            self.rank, self.inside = max(1, math.floor(self.density * self.seen)), self.seen
+        self.limit = max(self.HELD, self.seen // 16)
+        rest = self.rank - self.at_least  # its rank in [from_, to) and below
+        if rest <= 0:
+            self.low, self.inside = self.to, self.at_least - self.over
+        elif rest > self.between:
+            self.inside -= self.between + self.at_least - self.over
+            self.high, self.over = self.from_, self.at_least + self.between
+        elif self.to - self.from_ == 1:
+            self.trim = _Trim(self.from_, self.between, rest)
+        elif self.held is not None:
+            bits = np.concatenate(self.held)
+            threshold = np.partition(bits, len(bits) - rest)[len(bits) - rest]
+            ties = np.count_nonzero(bits == threshold)
+            self.trim = _Trim(int(threshold), ties, rest - np.count_nonzero(bits > threshold))
+        else:
+            self.low, self.high = self.from_, self.to
+            self.over, self.inside = self.at_least, self.between
+        self.held = None
 
 
 @dataclasses.dataclass
@@ -323,7 +377,7 @@ def merge_tensors(method: str, tensors: Sequence, parameters: Parameters, name: 
     arrays = [np.asarray(tensor, np.float32) for tensor in tensors]
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     chosen = METHODS[method]
-    prepared = chosen.prepare(lambda: iter([(0, flat)]), parameters, name)
+    prepared = chosen.prepare(lambda sample=False: iter([(0, flat)]), parameters, name)
     return chosen.combine((0, flat), parameters, prepared, name).reshape(arrays[0].shape)
 
 

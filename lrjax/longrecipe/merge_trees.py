@@ -102,7 +102,7 @@ def _merge_tensor(recipe, name, arrays, num_layers):
     method = METHODS[recipe.method]
     parameters = recipe.parameters(name, num_layers)
     flat = [np.asarray(array, np.float32).reshape(-1) for array in arrays]
-    prepared = method.prepare(lambda: iter([(0, flat)]), parameters, name)
+    prepared = method.prepare(lambda sample=False: iter([(0, flat)]), parameters, name)
     return method.combine((0, flat), parameters, prepared, name).reshape(arrays[0].shape)
 
 

@@ -278,19 +278,20 @@ class _Job:
         method, parameters = METHODS[self.recipe.method], self.parameters[name]
         size, dtype = self.tensors[name].size, self.tensors[name].dtype
 
-        def chunks():
+        def blocks(sample=False):
             for start in range(0, size, CHUNK):
-                stop = min(start + CHUNK, size)
-                yield start, [source.read(name, start, stop) for source in self.sources]
-
-        def blocks():
-            for start, arrays in chunks():
-                for at in range(0, len(arrays[0]), BLOCK):
-                    yield start + at, self._in_float32(name, [x[at : at + BLOCK] for x in arrays])
+                stop = min(start + (BLOCK if sample else CHUNK), size)
+                arrays = [source.read(name, start, stop) for source in self.sources]
+                for at in range(0, stop - start, BLOCK):
+                    yield (
+                        start + at,
+                        [x[at : at + BLOCK].astype(np.float32, copy=False) for x in arrays],
+                    )
 
         prepared = method.prepare(blocks, parameters, name)
         written = np.empty(min(CHUNK, size), dtype)
         for start, block in blocks():
+            self._check_finite(name, block)
             exact = method.combine((start, block), parameters, prepared, name)
             at = start % CHUNK
             merged = written[at : at + len(exact)]
@@ -303,14 +304,12 @@ class _Job:
             if start + len(exact) in (size, start - at + CHUNK):
                 self.output.write(name, start - at, written[: at + len(exact)])
 
-    def _in_float32(self, name, arrays) -> list[np.ndarray]:
-        block = [array.astype(np.float32, copy=False) for array in arrays]
+    def _check_finite(self, name, block) -> None:
         for source, array in zip(self.sources, block, strict=True):
             if not np.isfinite(array).all():
                 raise UserError(
                     f"{source.path}: {name} holds NaN or infinite values; it cannot be merged"
                 )
-        return block
 
 
 class _Hashing:
