@@ -167,13 +167,17 @@ class _Differences:
             mixed += delta
         if self.elect:
             # The sign of the larger sum wins, a sum of 0 counts as positive; what points elsewhere is left out.
-            sign = np.copysign(np.float32(1), mixed + np.float32(0))
+            # As integers, floats that point the elected way are over 0 once their sign is turned by the elected one.
+            sign = (mixed + np.float32(0)).view(np.int32) & np.int32(-(1 << 31))
             mixed, divisor = np.zeros_like(base), np.zeros_like(base)
             for weight, delta in zip(weights, deltas, strict=True):
-                delta *= sign
-                divisor += np.multiply(delta > 0, weight)
-                mixed += np.maximum(delta, 0, out=delta)
-            mixed *= sign
+                turned = delta.view(np.int32)
+                turned ^= sign
+                if parameters.normalize:
+                    divisor += (turned > 0).astype(np.float32) * weight
+                mixed += np.maximum(turned, 0, out=turned).view(np.float32)
+            turned = mixed.view(np.int32)
+            turned ^= sign
             divisor += divisor == 0
         else:
             divisor = sum(weights, start=np.float32(0))
@@ -261,15 +265,11 @@ class _Search:
         share = (self.rank - self.over) / self.inside if self.rank else self.density
         place = len(sample) * (1 - share)
         # Four standard deviations; and neighbours in a tensor are alike, so that the sample knows less than it counts.
-        margin = 4 * math.sqrt(len(sample)) + len(sample) / 64
+        margin = 4 * math.sqrt(len(sample)) + len(sample) / 256
         first, last = math.floor(place - margin), math.ceil(place + margin)
         self.from_ = int(sample[first]) if 0 <= first < len(sample) else self.low
         self.to = int(sample[last]) + 1 if last < len(sample) else self.high
-        if (
-            self.rank
-            and (self.from_, self.to) == (self.low, self.high)
-            and self.inside > self.limit
-        ):
+        if self.rank and self.to - self.from_ == self.high - self.low > 1:
             self.to = (self.low + self.high) // 2  # the sample does not help
         self.seen, self.at_least, self.between = 0, 0, 0
         self.held: list[np.ndarray] | None = []
@@ -288,7 +288,6 @@ class _Search:
     def conclude(self) -> None:
         if not self.rank:
             self.rank, self.inside = max(1, math.floor(self.density * self.seen)), self.seen
-        self.limit = max(self.HELD, self.seen // 16)
         rest = self.rank - self.at_least  # its rank in [from_, to) and below
         if rest <= 0:
             self.low, self.inside = self.to, self.at_least - self.over
@@ -299,9 +298,13 @@ class _Search:
             self.trim = _Trim(self.from_, self.between, rest)
         elif self.held is not None:
             bits = np.concatenate(self.held)
-            threshold = np.partition(bits, len(bits) - rest)[len(bits) - rest]
-            ties = np.count_nonzero(bits == threshold)
-            self.trim = _Trim(int(threshold), ties, rest - np.count_nonzero(bits > threshold))
+            bits.sort()
+            threshold = bits[-rest]
+            first, after = (
+                np.searchsorted(bits, threshold),
+                np.searchsorted(bits, threshold, "right"),
+            )
+            self.trim = _Trim(int(threshold), int(after - first), rest - int(len(bits) - after))
         else:
             self.low, self.high = self.from_, self.to
             self.over, self.inside = self.at_least, self.between
@@ -324,9 +327,13 @@ class _Trim:
         bits = _magnitude_bits(delta)
         mask = bits > self.threshold
         tied = np.flatnonzero(bits == self.threshold)
-        number = np.arange(self.seen, self.seen + len(tied), dtype=np.int64)
+        # The m-th that is kept, from 1 on, is the one of number ceil(m ties / kept).
+        before = self.seen
         self.seen += len(tied)
-        mask[tied] = (number + 1) * self.kept // self.ties > number * self.kept // self.ties
+        wanted = np.arange(
+            before * self.kept // self.ties + 1, self.seen * self.kept // self.ties + 1
+        )
+        mask[tied[-(-wanted * self.ties // self.kept) - 1 - before]] = True
         return mask
 
 
