@@ -195,7 +195,7 @@ def run_all(experiment, runs_, workdir, processes: int, out) -> list[pathlib.Pat
         with writing:
             if log:
                 failed.append(log)
-            _write(experiment, runs_, out, workdir)
+            _write(experiment, runs_, out)
 
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         for future in [pool.submit(finish, run) for run in runs_]:
@@ -246,7 +246,7 @@ def _environment(programs, processes: int) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- the JSON
 
 
-def _write(experiment, runs_, out, workdir) -> None:
+def _write(experiment, runs_, out) -> None:
     complete = [run for run in runs_ if wd.is_complete(run.workdir, "evaluate")]
     if not complete:
         return
@@ -260,7 +260,7 @@ def _write(experiment, runs_, out, workdir) -> None:
         "about": about.split("\n\n", 1)[1],  # without the command
         "config": str(experiment.file),
         "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
-        f"--seeds={','.join(map(str, dict.fromkeys(run.seed for run in runs_)))} --workdir={workdir}",
+        f"--seeds={','.join(map(str, dict.fromkeys(run.seed for run in runs_)))} --workdir=DIR",
         "window": complete[0].config.window,
         "arms": list(module.ARMS),
         "claims": list(module.CLAIMS),

@@ -44,6 +44,7 @@ def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
         dtype=model.dtype,
         remat=model.remat,
         attention=model.attention,
+        attention_block=model.attention_block,
         context_parallel=model.context_parallel,
     )
 

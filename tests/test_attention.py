@@ -184,13 +184,14 @@ def only_real(kernel, ids_BL):
     ("kernel", "keywords"),
     [
         (splash, {}),
+        (functools.partial(splash, max_block=128), {}),
         (splash, {"window": 50, "soft_cap": 3.0, "scale": 0.5}),
         (triton, {"scale": 0.5}),
     ],
-    ids=["splash", "splash window", "triton"],
+    ids=["splash", "splash two blocks", "splash window", "triton"],
 )
 def test_kernels_are_the_reference(kernel, keywords):
-    """Two blocks, GQA, packed documents, a length that is no multiple of a block."""
+    """GQA, packed documents, a length that is no multiple of a block."""
     inputs = make_inputs(0, B=2, L=200, N=4, K=2, H=16)
     interpreted = only_real(functools.partial(kernel, interpret=True, **keywords), inputs[3])
     expected = only_real(functools.partial(reference, **keywords), inputs[3])

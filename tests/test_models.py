@@ -216,6 +216,7 @@ def test_a_token_beyond_the_vocabulary_is_loud(params):
         ("dtype", "float16", "model.dtype: 'float16'; allowed: bfloat16, float32"),
         ("remat", "some", "model.remat: 'some'; allowed: none, full"),
         ("attention", "flash", "model.attention: 'flash'; allowed: auto"),
+        ("attention_block", 500, "model.attention_block: 500; allowed: multiples of 128"),
     ],
 )
 def test_config_names_the_field(field, value, message):

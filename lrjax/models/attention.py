@@ -28,6 +28,8 @@ from lrjax.errors import UserError
 from lrjax.models import context
 from lrjax.models.blockwise import blockwise
 
+LANES = 128  # block sizes of splash are multiples of it
+MAX_BLOCK = 1024  # 2,048 is over the vector memory of a v5p
 IMPLEMENTATIONS = ("auto", "splash", "cudnn", "triton", "blockwise", "reference")
 
 # Up to so many scores per head and row, or so few queries (decoding), one pass over all of them is quicker.
@@ -46,6 +48,7 @@ def attention(
     q_offset: Int[Array, ""] | int = 0,
     *,
     implementation: str = "auto",
+    block: int = MAX_BLOCK,
     context_parallel: str = "gather",
     window: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
@@ -61,6 +64,8 @@ def attention(
         k_segment_ids_BS: document of each key.
         q_offset: index among the keys of the first query; may be traced.
         implementation: one of `IMPLEMENTATIONS`.
+        block: of splash: at most so many queries and keys at a time, a multiple of `LANES`. Smaller ones compute fewer
+            masked pairs and start more often.
         context_parallel: one of `context.CONTEXT_PARALLEL`: how a sequence is shared where the layout splits it. With
             "gather", queries, keys and values come in head-tail order.
         window: keys that a query sees, itself among them; may be traced. None: all before it.
@@ -82,7 +87,7 @@ def attention(
     if shared:
         context.check_length(L, implementation, context_parallel)
     kernel = functools.partial(
-        _kernel(implementation, here.platform), window=window, soft_cap=soft_cap, scale=scale
+        _kernel(implementation, here.platform, block), window=window, soft_cap=soft_cap, scale=scale
     )
     inputs = (q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
     # XLA splits plain products by itself, over heads and over the keys of a cache; of a kernel it knows nothing.
@@ -158,7 +163,7 @@ def choose(
     return choice
 
 
-def _kernel(implementation: str, platform: str):
+def _kernel(implementation: str, platform: str, block: int):
     if implementation == "reference":
         return reference
     if implementation == "blockwise":
@@ -178,7 +183,7 @@ def _kernel(implementation: str, platform: str):
     if implementation == "splash":
         from lrjax.models.splash import splash
 
-        return functools.partial(splash, interpret=interpret)
+        return functools.partial(splash, max_block=block, interpret=interpret)
     from lrjax.models import gpu_attention
 
     if implementation == "triton":

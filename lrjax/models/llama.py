@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.errors import UserError
 from lrjax.models import context
-from lrjax.models.attention import IMPLEMENTATIONS, attention
+from lrjax.models.attention import IMPLEMENTATIONS, LANES, MAX_BLOCK, attention
 from lrjax.models.bits import from_bits, to_bits
 from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
@@ -98,6 +98,7 @@ class LlamaConfig:
     dtype: str = "bfloat16"  # of activations and matmul operands; parameters keep their own
     remat: str = "none"
     attention: str = "auto"
+    attention_block: int = MAX_BLOCK  # splash: at most so many queries and keys at a time
     context_parallel: str = "gather"  # where a sequence is split over devices
 
     # ---- what differs between the relatives
@@ -161,6 +162,10 @@ class LlamaConfig:
         if self.local_rope_theta is not None and self.sliding_layers is None:
             raise UserError(
                 f"model.local_rope_theta: {self.local_rope_theta}; it belongs to sliding_layers, and there are none"
+            )
+        if self.attention_block < LANES or self.attention_block % LANES:
+            raise UserError(
+                f"model.attention_block: {self.attention_block}; allowed: multiples of {LANES}"
             )
         for name, allowed in (
             ("dtype", ("bfloat16", "float32")),
@@ -327,6 +332,7 @@ class Layer(nn.Module):
             k_segment_ids_BS,
             0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
             implementation=c.attention,
+            block=c.attention_block,
             context_parallel=c.context_parallel,
             window=window,
             soft_cap=c.attention_soft_cap,

@@ -19,9 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from lrjax.errors import UserError
-
-LANES = 128  # block sizes are multiples of it
-MAX_BLOCK = 1024  # 2,048 is over the vector memory of a v5p
+from lrjax.models.attention import LANES, MAX_BLOCK
 
 
 def splash(
@@ -36,12 +34,14 @@ def splash(
     soft_cap=None,
     scale=None,
     q_index_L=None,
+    max_block=MAX_BLOCK,
     interpret=False,
 ):
     """Causal attention within segments; arguments and result as in `lrjax.models.attention.attention`.
 
     Args:
         q_index_L: index among the keys of every query, in place of q_offset + 0, 1, ...
+        max_block: at most so many queries and keys at a time.
         interpret: run the kernel's Python on any platform, slowly: for tests.
 
     Raises:
@@ -54,7 +54,7 @@ def splash(
         )
     L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
     S = k_BSKH.shape[1]
-    bq, bk = block_size(L), block_size(S)
+    bq, bk = block_size(L, max_block), block_size(S, max_block)
     if q_index_L is None:
         q_index_L = q_offset + jnp.arange(L, dtype=jnp.int32)
     q_index_L = _pad(q_index_L.astype(jnp.int32), bq, 0, "edge")
@@ -90,11 +90,11 @@ def splash(
     return out_BNLH.swapaxes(1, 2)[:, :L]
 
 
-def block_size(length: int) -> int:
-    """The largest multiple of `LANES`, at most `MAX_BLOCK`, that pads `length` by no more than 2 % over what `LANES`
+def block_size(length: int, max_block: int = MAX_BLOCK) -> int:
+    """The largest multiple of `LANES`, at most `max_block`, that pads `length` by no more than 2 % over what `LANES`
     alone would."""
     least = -(-length // LANES) * LANES
-    blocks = range(MAX_BLOCK, LANES, -LANES)
+    blocks = range(max_block, LANES, -LANES)
     return next((b for b in blocks if -(-length // b) * b <= 1.02 * least), LANES)
 
 

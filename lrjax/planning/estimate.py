@@ -23,7 +23,9 @@ def flops(program, implementation: str, *, train: bool) -> dict:
     causal = passes * forward_flops(c, B, L)
     pairs = 4 * c.num_layers * c.num_heads * c.head_dim
     square = causal + passes * B * pairs * (L * L - L * (L + 1) // 2)
-    block = block_size(L) if implementation in ("splash", "triton") else min(256, L)
+    block = min(256, L)
+    if implementation in ("splash", "triton"):
+        block = block_size(L, c.attention_block)
     blocks = (block, block) if implementation != "reference" else (L, L)
     executed = dot_flops(program.traced.jaxpr.jaxpr)
     if implementation != "reference":  # whose products the jaxpr has

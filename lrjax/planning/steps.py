@@ -48,6 +48,7 @@ def model_of(config) -> LlamaConfig:
         )
     model = LlamaConfig(
         **shape, dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention,
+        attention_block=config.model.attention_block,
         context_parallel=config.model.context_parallel,
     )  # fmt: skip
     theta = config_lib.extended_theta(config, model.rope_theta, model.head_dim)
