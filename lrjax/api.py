@@ -136,7 +136,7 @@ def _logits(config, params, tokens_BL, positions_BL, segment_ids_BL):
 @functools.partial(jax.jit, static_argnums=0)
 def _token_logprobs(config, params, tokens_BL, positions_BL, segment_ids_BL):
     x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
-    return head.token_stats(params, x_BLD[:, :-1], tokens_BL[:, 1:])["logprob"]
+    return head.next_token_stats(params, x_BLD, tokens_BL)["logprob"]
 
 
 def score(base: Model, extended: Model, tokens_BL) -> dict[str, Float[Array, "B L-1"]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lrjax.errors import UserError
-from lrjax.models.head import token_stats
+from lrjax.models.head import next_token_stats
 from lrjax.models.llama import Llama
 
 
@@ -25,7 +25,7 @@ def make_logprobs(config):
     @jax.jit
     def logprobs(params, tokens_BL, positions_BL, segment_ids_BL):
         x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
-        return token_stats(params, x_BLD[:, :-1], tokens_BL[:, 1:])["logprob"]
+        return next_token_stats(params, x_BLD, tokens_BL)["logprob"]
 
     return logprobs
 

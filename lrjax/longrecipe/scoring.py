@@ -27,7 +27,7 @@ from jaxtyping import Array, Int
 
 from lrjax import sharding
 from lrjax.errors import UserError
-from lrjax.models.head import kl_divergence, token_stats
+from lrjax.models.head import kl_divergence, next_token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 
 # Numbers of one chunk of logits: 64 MiB in float32, of which the compiler keeps a few copies.
@@ -80,7 +80,7 @@ def make_scorer(
             size = chunk or _chunk(config_base, tokens_BL)
             changes["kl"] = kl_divergence(
                 params_extended, extended_BLD, params_base, base_BLD, size
-            )
+            )[:, :-1]
         changes = {name: jnp.where(valid, value, 0.0) for name, value in changes.items()}
         # Whole on every process: the first one writes them.
         return jax.tree.map(
@@ -123,11 +123,11 @@ def score(
 
 
 def _token_stats(config, params, tokens_BL, positions_BL, segment_ids_BL, chunk):
-    """The hidden states [B, L-1, D] that predict a token, and what `head.token_stats` says of it."""
+    """The hidden states [B, L, D], and what `head.next_token_stats` says of the tokens but the first, [B, L-1]."""
     if chunk is None and not sharding.current().split:
         chunk = _chunk(config, tokens_BL)
-    x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)[:, :-1]
-    return x_BLD, token_stats(params, x_BLD, tokens_BL[:, 1:], chunk=chunk)
+    x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
+    return x_BLD, next_token_stats(params, x_BLD, tokens_BL, chunk)
 
 
 def _chunk(config, tokens_BL) -> int:

@@ -7,7 +7,8 @@ stays below `CHUNK_ELEMENTS` numbers.
 
     logits_BLV = logits(params, x_BLD)                                     # small models, generation
     total, weight = weighted_cross_entropy(params, x_BLD, targets_BL, weights_BL)
-    stats = token_stats(params, x_BLD, targets_BL)                         # the scorer, perplexity
+    stats = token_stats(params, x_BLD, targets_BL)                         # perplexity
+    stats = next_token_stats(params, x_BLD, tokens_BL)                     # the scorer
 
 On a mesh (`lrjax.sharding`) the head is split over its vocabulary. Where that split and the sequence share a mesh
 axis, a chunk's hidden states are gathered along it: each device makes its own vocabulary's logits of all the tokens of
@@ -81,6 +82,15 @@ def token_stats(
     stats = on_devices(local, vocab_axis, w, x_BLD, targets_BL, outputs=names)
     # Numbers of tokens, not of states: whole on every device, so that every process can read them.
     return jax.tree.map(lambda a: constrain(a, (None, None)), stats)
+
+
+def next_token_stats(
+    params, x_BLD: Float[Array, "B L D"], tokens_BL: Int[Array, "B L"], chunk: int | None = None
+) -> dict[str, Float[Array, "B L-1"]]:
+    """`token_stats` of every token but the first, given those before it; `x_BLD` are the states of `tokens_BL`."""
+    # The last state predicts nothing and comes along: L - 1 states do not divide over devices, and each would hold all.
+    stats = token_stats(params, x_BLD, jnp.roll(tokens_BL, -1, axis=1), chunk)
+    return jax.tree.map(lambda a: a[:, :-1], stats)
 
 
 def kl_divergence(
