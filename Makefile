@@ -28,7 +28,7 @@ showcase: setup
 	@echo "The report: runs/showcase-$(SEED)/report/index.html"
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
