@@ -12,7 +12,7 @@ from lrjax.checkpoints import orbax
 from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.models.llama import LlamaConfig, abstract_params
+from lrjax.models.llama import COMPUTING, LlamaConfig, abstract_params
 from lrjax.training.state import shardings_of
 
 
@@ -38,15 +38,7 @@ def open_mesh(config):
 
 def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
     """A checkpoint's config with the numerics of this run."""
-    model = config.model
-    return dataclasses.replace(
-        model_config,
-        dtype=model.dtype,
-        remat=model.remat,
-        attention=model.attention,
-        attention_block=model.attention_block,
-        context_parallel=model.context_parallel,
-    )
+    return dataclasses.replace(model_config, **{name: config.model[name] for name in COMPUTING})
 
 
 def load_checkpoint(config, workdir, name: str):

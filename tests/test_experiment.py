@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from configs.experiments import setting
 from lrjax import choosing, examples, experiment, results
 from lrjax import config as config_lib
+from lrjax.checkpoints import families
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.evaluation.statistics import paired, t_interval
@@ -44,6 +45,7 @@ def test_every_arm_is_a_config_whose_claims_name_its_rows(name):
     for arm in module.ARMS:
         config = module.get_config(arm)
         config_lib.check(config)
+        families.write_config(setting.model(config), "float32")  # else its base could not be stored
         assert config.is_locked and config.name == name
         niah = config.evaluate.niah
         assert len(niah.depths) * niah.samples_per_cell >= 400

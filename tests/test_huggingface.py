@@ -174,6 +174,21 @@ def test_tokenizer_is_written_along(tmp_path):
     assert load_tokenizer(tmp_path / "model").encode("é").tolist() == [*"é".encode()]
 
 
+def test_every_way_of_computing_a_model_can_be_stored(tmp_path):
+    """A run with other blocks or another split of its sequences once stopped in its first stage."""
+    ways = {
+        "dtype": "float32",
+        "remat": "full",
+        "attention": "blockwise",
+        "attention_block": 512,
+        "context_parallel": "ulysses",
+    }
+    assert ways.keys() == set(llama.COMPUTING)
+    assert all(value != getattr(TINY, name) for name, value in ways.items())
+    huggingface.save(tmp_path / "m", dataclasses.replace(TINY, **ways), random_params(TINY))
+    assert huggingface.load(tmp_path / "m")[0] == TINY
+
+
 def test_save_leaves_what_is_there_alone(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(UserError, match="exists and is not empty"):

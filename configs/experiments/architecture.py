@@ -2,9 +2,10 @@
 
     python -m lrjax.experiment --config=configs/experiments/architecture.py --seeds=10-14 --workdir=runs/experiments
 
-Arms: Llama with the RoPE base raised to 5,000; the same with norms of queries and keys (as Qwen3), with a local
-first layer (window 32, RoPE base of its own, as Gemma 3), with half of each head rotated; and Llama with other
-encodings of the long window: YaRN, linear interpolation, and the RoPE base by the paper's rule.
+Arms: Llama with the RoPE base raised to 5,000; the same as a Qwen3 (norms of queries and keys), as a Gemma 3 (those
+and its other norms, its activation, and a first layer that is local, with window 32 and a RoPE base of its own), and
+as a Phi (half of each head rotated); and Llama with other encodings of the long window: YaRN, linear interpolation,
+and the RoPE base by the paper's rule.
 """
 
 from configs.experiments import setting
@@ -13,8 +14,18 @@ from lrjax.config import method
 
 SHAPES = {
     "llama": {},
-    "qk_norm": {"qk_norm": True},
-    "local_global": {"sliding_window": 32, "sliding_layers": (0,), "local_rope_theta": 100.0},
+    "qk_norm": {"family": "qwen3", "qk_norm": True},
+    "local_global": {
+        "family": "gemma3_text",
+        "qk_norm": True,
+        "post_norms": True,
+        "unit_offset_norms": True,
+        "scale_embedding": True,
+        "activation": "gelu_tanh",
+        "sliding_window": 32,
+        "sliding_layers": (0,),
+        "local_rope_theta": 100.0,
+    },
     "partial_rotary": {"partial_rotary_factor": 0.5},
 }
 ENCODINGS = {"yarn": "yarn", "linear": "linear", "paper_theta": ""}  # arm -> rope_type

@@ -11,7 +11,7 @@ import dataclasses
 
 from lrjax.checkpoints.tensors import Slot, slots
 from lrjax.errors import UserError
-from lrjax.models.llama import LlamaConfig
+from lrjax.models.llama import COMPUTING, LlamaConfig
 from lrjax.models.rope import ROPE_TYPES, RopeScaling
 
 _WITHOUT_ROPE = {
@@ -387,12 +387,11 @@ def write_config(config: LlamaConfig, dtype: str) -> dict:
 
 
 def _check_nothing_is_lost(config: LlamaConfig, raw: dict) -> None:
-    free = ("dtype", "remat", "attention")  # how it is computed, not what it is
     again = read_config(raw)
     lost = [
         f"{field.name} is {getattr(config, field.name)!r}, which would be read as {getattr(again, field.name)!r}"
         for field in dataclasses.fields(LlamaConfig)
-        if field.name not in free and getattr(config, field.name) != getattr(again, field.name)
+        if field.name not in COMPUTING and getattr(config, field.name) != getattr(again, field.name)
     ]
     if lost:
         raise UserError(

@@ -10,10 +10,11 @@ import pathlib
 from collections.abc import Sequence
 
 from lrjax.errors import UserError
+from lrjax.models.llama import COMPUTING
 
 # How a model is computed or loaded, not what it is.
 _FREE = {
-    "dtype", "remat", "attention", "context_parallel",
+    *COMPUTING,
     "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures",
     "attn_implementation", "_attn_implementation", "attention_dropout", "initializer_range", "pretraining_tp",
     "auto_map",

@@ -16,7 +16,7 @@ from lrjax.evaluation.generate import PREFILL_CHUNK
 from lrjax.longrecipe.scoring import make_scorer
 from lrjax.models.cache import init_cache
 from lrjax.models.head import logits
-from lrjax.models.llama import Llama, LlamaConfig, abstract_params
+from lrjax.models.llama import COMPUTING, Llama, LlamaConfig, abstract_params
 from lrjax.training.loop import check_batch, check_row, make_train_step
 from lrjax.training.optimizer import make_optimizer
 from lrjax.training.state import check_dtype, shardings_of, state_shardings
@@ -46,11 +46,7 @@ def model_of(config) -> LlamaConfig:
         raise UserError(
             "config.model.shape: has no vocab_size; a plan needs the whole shape of the model"
         )
-    model = LlamaConfig(
-        **shape, dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention,
-        attention_block=config.model.attention_block,
-        context_parallel=config.model.context_parallel,
-    )  # fmt: skip
+    model = LlamaConfig(**shape, **{name: config.model[name] for name in COMPUTING})
     theta = config_lib.extended_theta(config, model.rope_theta, model.head_dim)
     return dataclasses.replace(
         model, rope_theta=theta, max_position_embeddings=config.target_length
