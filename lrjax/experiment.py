@@ -11,6 +11,8 @@ methods of the config are the rows. An arm with a seed is a run of `lrjax.main` 
     WORKDIR/NAME/ARM/seed-SEED.log   what it said
     docs/results/NAME.json           what the complete runs found, and config, seeds, commit and machine
 
+Seeds or arms can be run on several machines: with --keep the JSON's other runs stay, each with its commit and machine.
+
 `python -m lrjax.results` makes docs/results.md of these files. They hold the needles found by length and
 depth, so that every figure of the page can be counted again.
 """
@@ -45,6 +47,9 @@ _SEEDS = _FLAGS.DEFINE_list("seeds", ["10-14"], "Seeds: 10-14, or 10,12.")
 _ARMS = _FLAGS.DEFINE_list("arms", [], "Only these arms.")
 _PROCESSES = _FLAGS.DEFINE_integer("processes", 1, "Runs side by side.", lower_bound=1)
 _OUT = _FLAGS.DEFINE_string("out", "docs/results", "Directory of the JSON.")
+_KEEP = _FLAGS.DEFINE_bool(
+    "keep", False, "Keep the runs of the JSON that are not among these: another machine's."
+)
 
 STAGES = ("import", "probe", "score", "analyse", "select", "extend", "replay", "merge", "evaluate")
 # Of what makes the data, this concerns long documents alone: bases do not depend on it.
@@ -77,7 +82,15 @@ def main(argv) -> None:
     experiment = open_experiment(_CONFIG.value)
     workdir = pathlib.Path(_WORKDIR.value)
     runs_ = plan_runs(experiment, workdir, read_seeds(_SEEDS.value), _ARMS.value)
-    failed = run_all(experiment, runs_, workdir, _PROCESSES.value, pathlib.Path(_OUT.value))
+    out = pathlib.Path(_OUT.value)
+    others = stored_runs(experiment, runs_, out)
+    if others and not _KEEP.value:
+        logging.warning(
+            "%s: runs in it that are not among these are replaced (%d); --keep keeps them",
+            _json(experiment, out), len(others),
+        )  # fmt: skip
+        others = []
+    failed = run_all(experiment, runs_, workdir, _PROCESSES.value, out, others)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs_)} runs failed: {', '.join(map(str, failed))} say why; the same command "
@@ -178,8 +191,11 @@ def _digest(flat: dict) -> str:
 # ------------------------------------------------------------------------------------------- running
 
 
-def run_all(experiment, runs_, workdir, processes: int, out) -> list[pathlib.Path]:
-    """Runs what is not complete and writes the JSON whenever a run is; returns the logs of runs that failed."""
+def run_all(experiment, runs_, workdir, processes: int, out, others=()) -> list[pathlib.Path]:
+    """Runs what is not complete and writes the JSON whenever a run is; returns the logs of runs that failed.
+
+    `others`: runs as the JSON has them, which it is to have as well.
+    """
     locks = {_base(workdir, run.config): threading.Lock() for run in runs_}
     writing = threading.Lock()
     environment = _environment(workdir / "programs", processes)
@@ -195,7 +211,7 @@ def run_all(experiment, runs_, workdir, processes: int, out) -> list[pathlib.Pat
         with writing:
             if log:
                 failed.append(log)
-            _write(experiment, runs_, out)
+            _write(experiment, runs_, out, others)
 
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         for future in [pool.submit(finish, run) for run in runs_]:
@@ -246,21 +262,39 @@ def _environment(programs, processes: int) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- the JSON
 
 
-def _write(experiment, runs_, out) -> None:
+def _json(experiment, out) -> pathlib.Path:
+    return out / f"{experiment.name}{'-smoke' * experiment.smoke}.json"
+
+
+def stored_runs(experiment, runs_, out) -> list[dict]:
+    """The runs that the JSON has of this experiment's arms and that are not among `runs_`."""
+    file = _json(experiment, out)
+    if not file.exists():
+        return []
+    known = {(run.arm, run.seed) for run in runs_}
+    return [
+        run
+        for run in wd.read_json(file)["runs"]
+        if run["arm"] in experiment.module.ARMS and (run["arm"], run["seed"]) not in known
+    ]
+
+
+def _write(experiment, runs_, out, others) -> None:
     complete = [run for run in runs_ if wd.is_complete(run.workdir, "evaluate")]
     if not complete:
         return
     module = experiment.module
     title, about = module.__doc__.strip().split("\n\n", 1)
-    suffix = "-smoke" if experiment.smoke else ""
+    file = _json(experiment, out)
+    seeds = sorted({run.seed for run in runs_} | {run["seed"] for run in others})
     results = {
-        "name": experiment.name + suffix,
+        "name": file.stem,
         "smoke": experiment.smoke,
         "title": title,
         "about": about.split("\n\n", 1)[1],  # without the command
         "config": str(experiment.file),
         "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
-        f"--seeds={','.join(map(str, dict.fromkeys(run.seed for run in runs_)))} --workdir=DIR",
+        f"--seeds={','.join(map(str, seeds))} --workdir=DIR",
         "window": complete[0].config.window,
         "arms": list(module.ARMS),
         "claims": list(module.CLAIMS),
@@ -271,13 +305,15 @@ def _write(experiment, runs_, out) -> None:
         | collect(run.config, run.workdir)
         for run in complete
     ]
+    arms = list(experiment.module.ARMS)
+    found = sorted([*others, *found], key=lambda run: (run["seed"], arms.index(run["arm"])))
     # A run is a line: its hundreds of numbers are not for reading.
     lines = ",\n".join(f"    {json.dumps(run)}" for run in found)
     text = json.dumps(results, indent=2).replace('"runs": []', f'"runs": [\n{lines}\n  ]')
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"{experiment.name}{suffix}.json.tmp"
+    temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(text + "\n")
-    os.replace(temporary, temporary.with_suffix(""))
+    os.replace(temporary, file)
 
 
 def collect(config, workdir) -> dict:

@@ -304,8 +304,10 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_SOON}
 
-    def call():
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def call(*flags):
+        return subprocess.run(
+            [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
 
     done = call()
     logs = "".join(log.read_text()[-1500:] for log in (tmp_path / "runs").rglob("*.log"))
@@ -321,7 +323,16 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
         assert run["rows"]["chosen"]["tokens"] == 2 * 16 * 154
         assert run["rows"]["chosen"]["lds"] >= 0
         assert run["made_by"][0]["commit"] and run["made_by"][0]["devices"] == "1 x cpu"
-    assert "starting" not in call().stderr  # a second call finds all complete
+    # A second call finds all complete, and keeps what another machine ran.
+    file = tmp_path / "results" / "two-smoke.json"
+    elsewhere = stored["runs"][1] | {"seed": 9, "made_by": [{"commit": "elsewhere"}]}
+    file.write_text(json.dumps(stored | {"runs": [*stored["runs"], elsewhere]}))
+    assert "starting" not in call("--keep").stderr
+    again = json.loads(file.read_text())
+    assert again["runs"] == [*stored["runs"], elsewhere]
+    assert "--seeds=0,9 " in again["command"]
+    assert "not among these are replaced (1); --keep keeps them" in call().stderr
+    assert json.loads(file.read_text()) == stored
 
     page = [
         sys.executable, "-m", "lrjax.results", f"--results={tmp_path}/results", f"--out={tmp_path}/page.md",
