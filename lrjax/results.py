@@ -2,9 +2,10 @@
 
     python -m lrjax.results                      docs/results/*.json -> docs/results.md, docs/pictures/results_*.png
 
-Of every experiment: what was asked, a table of its rows (mean over the seeds with Student's 95 % interval), the claims
-with the interval of the paired differences and what follows from it, a picture, and config, seeds, commit, machine and
-command. An experiment of configs/experiments/ that has no stored runs is listed with the command that makes them.
+First what became of the paper's claims: those of all experiments that name its figures. Of every experiment what was
+asked, a table of its rows (mean over the seeds with Student's 95 % interval), the claims with the interval of the
+paired differences and what follows from it, a picture, and config, seeds, commit, machine and command. An experiment of
+configs/experiments/ that has no stored runs is listed with the command that makes them.
 """
 
 import ast
@@ -52,7 +53,7 @@ def main(argv) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     files = sorted(pathlib.Path(_RESULTS.value).glob("*.json"))
     stored = [wd.read_json(file) for file in files]
-    parts = [INTRO]
+    parts = [INTRO, paper_claims(stored)]
     for results in stored:
         (out.parent / "pictures").mkdir(exist_ok=True)
         picture = out.parent / "pictures" / f"results_{results['name']}.png"
@@ -65,6 +66,25 @@ def main(argv) -> None:
         parts.append(section(results, f"pictures/{picture.name}"))
     parts.append(_not_run(pathlib.Path(_CONFIGS.value), {results["name"] for results in stored}))
     _write(out, "\n".join(filter(None, parts)).encode())
+
+
+def paper_claims(stored: Sequence[Mapping]) -> str:
+    """The claims beside which the paper has figures, in Markdown."""
+    lines = [
+        "| the paper's claim | there | here: difference | verdict | experiment |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for results in stored:
+        for claim in results["claims"]:
+            found = compare(results, claim) if "paper" in claim else None
+            if found:
+                lines.append(
+                    f"| {claim['text']}{_margin(claim)} | {claim['paper']} | {_difference(claim, found)} "
+                    f"| **{found['verdict']}** | {results['name']} |"
+                )
+    if len(lines) == 2:
+        return ""
+    return "\n".join(["## What became of the paper's claims", "", *lines, ""])
 
 
 # ------------------------------------------------------------------------------------------- a page's section
@@ -132,9 +152,6 @@ def _claims(results) -> list[str]:
         found = compare(results, claim)
         if found is None:
             continue
-        scale, digits = (100, 1) if claim["measure"] == "needles" else (1, 3)
-        interval = _interval(found["interval"], scale, digits)
-        margin = f" (margin {scale * claim['margin']:g})" if "margin" in claim else ""
         p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
         second = ""
         if claim["measure"] == "needles" and "margin" not in claim:
@@ -142,11 +159,26 @@ def _claims(results) -> list[str]:
             second = f"{nats['mean']:+.3f}{_interval(nats['interval'], 1, 3)}: {nats['verdict']}"
         where = f"{claim['arm']}: " if claim.get("arm") and "worse_arm" not in claim else ""
         lines.append(
-            f"| {where}{claim['text']}{margin} | {claim['better']}, {claim['worse']} "
-            f"| {claim.get('paper', '')} | {scale * found['mean']:+.{digits}f}{interval} ({claim['measure']}) "
+            f"| {where}{claim['text']}{_margin(claim)} | {claim['better']}, {claim['worse']} "
+            f"| {claim.get('paper', '')} | {_difference(claim, found)} "
             f"| {p_values} | **{found['verdict']}** | {second} |"
         )
     return [*lines, ""] if len(lines) > 2 else []
+
+
+def _difference(claim: Mapping, found: Mapping) -> str:
+    scale, digits = _scale(claim)
+    interval = _interval(found["interval"], scale, digits)
+    return f"{scale * found['mean']:+.{digits}f}{interval} ({claim['measure']})"
+
+
+def _margin(claim: Mapping) -> str:
+    return f" (margin {_scale(claim)[0] * claim['margin']:g})" if "margin" in claim else ""
+
+
+def _scale(claim: Mapping) -> tuple[int, int]:
+    """Of a measure as it is shown: its factor and its digits."""
+    return (100, 1) if claim["measure"] == "needles" else (1, 3)
 
 
 def _origin(results) -> list[str]:

@@ -277,7 +277,7 @@ from configs.experiments import setting
 from lrjax.config import method
 
 ARMS = ("in_order", "shuffled")
-CLAIMS = (setting.claim("One beats the other", "chosen", "raised_theta"),)
+CLAIMS = (setting.claim("One beats the other", "chosen", "raised_theta", paper="7 / 5"),)
 
 
 def get_config(variant=""):
@@ -339,6 +339,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     ]  # fmt: skip
     subprocess.run(page, cwd=ROOT, env=environment, check=True, capture_output=True)
     text = (tmp_path / "page.md").read_text()
+    assert "| One beats the other | 7 / 5 | " in text.split("## Two ways.")[0]
     assert "## Two ways." in text and "What they are." in text
     assert "| in_order: " not in text and "**not separable here (one seed)**" in text
     assert (tmp_path / "pictures" / "results_two-smoke.png").stat().st_size > 1000
