@@ -52,7 +52,11 @@ ARCHITECTURES = {
         {"head_dim": 16, "sliding_window": 20, "tie_word_embeddings": True, "query_pre_attn_scalar": 24,
          "layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "Phi 3/4 (partial rotary)": ("phi3", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
+    "Phi 3/4 (partial rotary)": (
+        "phi3",
+        # Its config has the original window once more, 4,096 if nothing is said, and that counts.
+        {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "original_max_position_embeddings": WINDOW},
+    ),
 }  # fmt: skip
 
 ENCODINGS = {
@@ -79,13 +83,16 @@ def cells() -> list[tuple[str, str]]:
     return [(a, e) for a in ARCHITECTURES for e in ENCODINGS if carries(a, e)]
 
 
-def make_model(architecture: str, encoding: str):
-    """A random transformers model in float32, with norms and biases that are not the trivial ones."""
+def make_model(architecture: str, encoding: str, **more):
+    """A random transformers model in float32, with norms and biases that are not the trivial ones.
+
+    `more`: fields of its config that differ from the architecture's here.
+    """
     import torch
     import transformers
 
     kind, changes = ARCHITECTURES[architecture]
-    shape = {**SHAPE, **changes}
+    shape = {**SHAPE, **changes, **more}
     head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     rope = dict(ENCODINGS[encoding])
     if encoding == "longrope":
