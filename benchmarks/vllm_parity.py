@@ -85,7 +85,8 @@ def export_smollm2(directory: pathlib.Path) -> tuple[dict, list[list[int]]]:
     huggingface.save(directory, config, params, tokenizer=path)
     config = dataclasses.replace(config, dtype="float32")
     ids = [load_tokenizer(directory).encode(prompt) for prompt in greedy_parity.PROMPTS]
-    job = {"model": str(directory), "prompts": [one.tolist() for one in ids], "new": NEW}
+    prompts_ = [one.tolist() for one in ids]
+    job = {"model": str(directory), "max_model_len": 2048, "prompts": prompts_, "new": NEW}
     return job, [greedy_parity.ours(config, params, one, NEW) for one in ids]
 
 
@@ -122,7 +123,11 @@ def main() -> None:
             name = ", ".join(cell)
             directory = folder / str(len(jobs))
             expected[cell] = export(cell, directory)
-            jobs[name] = {"model": str(directory / "ours"), "prompts": prompts(), "new": 0}
+            jobs[name] = {
+                "model": str(directory / "ours"), "prompts": prompts(), "new": 0,
+                # LongRoPE has to be asked for its long window; of a dynamic one vLLM would not believe it.
+                "max_model_len": None if cell[1] in NOT_SERVED else TRAINED,
+            }  # fmt: skip
         jobs[SMOLLM2], continuations = export_smollm2(folder / "smollm2")
         (folder / "jobs.json").write_text(json.dumps(jobs))
         worker = pathlib.Path(__file__).with_name("vllm_worker.py")

@@ -2,8 +2,9 @@
 
     PYTHON benchmarks/vllm_worker.py JOBS.json RESULTS.json
 
-JOBS: {name: {"model": DIR, "prompts": [[token id, ...], ...], "new": tokens}}. RESULTS, by name: {"logprobs": one
-[tokens, vocabulary] a prompt (new 0), "tokens": one list a prompt (new > 0)}, or {"error": the last line of it}.
+JOBS: {name: {"model": DIR, "max_model_len": tokens or null, "prompts": [[token id, ...], ...], "new": tokens}}.
+RESULTS, by name: {"logprobs": one [tokens, vocabulary] a prompt (new 0), "tokens": one list a prompt (new > 0)}, or
+{"error": the last line of it}.
 """
 
 import json
@@ -22,7 +23,7 @@ def answer(job: dict) -> dict:
         model=job["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=not job["new"],
         max_logprobs=-1, enable_prefix_caching=False,
         max_num_batched_tokens=2048, max_num_seqs=4,
-        max_model_len=None if not job["new"] else 2048,
+        max_model_len=job["max_model_len"],
     )  # fmt: skip
     sampling = vllm.SamplingParams(
         temperature=0, max_tokens=job["new"] or 1, ignore_eos=True, detokenize=False,
