@@ -12,7 +12,8 @@ from lrjax.checkpoints import orbax
 from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.models.llama import COMPUTING, LlamaConfig, abstract_params
+from lrjax.models import COMPUTING
+from lrjax.models.llama import LlamaConfig, abstract_params
 from lrjax.training.state import shardings_of
 
 

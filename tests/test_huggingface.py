@@ -14,7 +14,7 @@ import safetensors.numpy
 from lrjax.checkpoints import huggingface
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.models import head, llama
+from lrjax.models import COMPUTING, head, llama
 from lrjax.sharding import make_mesh
 from lrjax.training.state import shardings_of
 
@@ -183,7 +183,7 @@ def test_every_way_of_computing_a_model_can_be_stored(tmp_path):
         "attention_block": 512,
         "context_parallel": "ulysses",
     }
-    assert ways.keys() == set(llama.COMPUTING)
+    assert ways.keys() == set(COMPUTING)
     assert all(value != getattr(TINY, name) for name, value in ways.items())
     huggingface.save(tmp_path / "m", dataclasses.replace(TINY, **ways), random_params(TINY))
     assert huggingface.load(tmp_path / "m")[0] == TINY

@@ -11,7 +11,8 @@ import dataclasses
 
 from lrjax.checkpoints.tensors import Slot, slots
 from lrjax.errors import UserError
-from lrjax.models.llama import COMPUTING, LlamaConfig
+from lrjax.models import COMPUTING
+from lrjax.models.llama import LlamaConfig
 from lrjax.models.rope import ROPE_TYPES, RopeScaling
 
 _WITHOUT_ROPE = {

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 
 from lrjax.errors import UserError
-from lrjax.models.llama import COMPUTING
+from lrjax.models import COMPUTING
 
 # How a model is computed or loaded, not what it is.
 _FREE = {

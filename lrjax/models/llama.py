@@ -77,9 +77,6 @@ LOGICAL_AXES = {
     "head": ("head_embed", "vocab"),  # absent when the embedding is tied
 }
 
-# Fields that say how a model is computed, not what it is: config.model has them, and no checkpoint does.
-COMPUTING = ("dtype", "remat", "attention", "attention_block", "context_parallel")
-
 _EVERYTHING = 2**30  # the sliding window of a layer that has none
 
 

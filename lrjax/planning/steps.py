@@ -14,9 +14,10 @@ from lrjax import sharding
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import PREFILL_CHUNK
 from lrjax.longrecipe.scoring import make_scorer
+from lrjax.models import COMPUTING
 from lrjax.models.cache import init_cache
 from lrjax.models.head import logits
-from lrjax.models.llama import COMPUTING, Llama, LlamaConfig, abstract_params
+from lrjax.models.llama import Llama, LlamaConfig, abstract_params
 from lrjax.training.loop import check_batch, check_row, make_train_step
 from lrjax.training.optimizer import make_optimizer
 from lrjax.training.state import check_dtype, shardings_of, state_shardings
