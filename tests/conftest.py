@@ -8,7 +8,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the tests' time is compiling, more than half of it for code as fast as can be (the emitters of fusions alone take
+# Most of the tests' time is compiling, more than half of it for code as fast as can be (fusions' emitters alone take
 # 40 %). What is computed stays the same; the demonstration and the benchmarks compile as a user's runs do.
 COMPILE_SOON = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
