@@ -335,7 +335,10 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
         assert run["made_by"][0]["commit"] and run["made_by"][0]["devices"] == "1 x cpu"
     # A second call finds all complete, and keeps what another machine ran.
     file = tmp_path / "results" / "two-smoke.json"
-    elsewhere = stored["runs"][1] | {"seed": 9, "made_by": [{"commit": "elsewhere"}]}
+    elsewhere = stored["runs"][1] | {
+        "seed": 9,
+        "made_by": [{"commit": "e15e", "machine": "m", "devices": "8 x tpu"}],
+    }
     file.write_text(json.dumps(stored | {"runs": [*stored["runs"], elsewhere]}))
     assert "starting" not in call("--keep").stderr
     again = json.loads(file.read_text())
