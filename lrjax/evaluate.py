@@ -20,6 +20,7 @@ import time
 import jax
 from absl import logging
 
+from lrjax import provenance
 from lrjax import workdir as wd
 from lrjax.checkpoints import gguf, loading
 from lrjax.command import ProgramFlags, run_program
@@ -192,8 +193,10 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
         config, params, tokenizer, batch_size=_BATCH_SIZE.value, temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value, seed=_SEED.value,
     )  # fmt: skip
+    provenance.note(out / name)
     about = {
-        "checkpoint": path, "dtype": config.dtype, "window": config.max_position_embeddings,
+        "checkpoint": path, "made_by": provenance.notes(out / name),
+        "dtype": config.dtype, "window": config.max_position_embeddings,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value, "options": dataclasses.asdict(options),
     }  # fmt: skip

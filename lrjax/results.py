@@ -1,11 +1,14 @@
 """Makes docs/results.md and its pictures of the stored runs: nothing on that page is typed by hand.
 
     python -m lrjax.results                      docs/results/*.json -> docs/results.md, docs/pictures/results_*.png
+    python -m lrjax.results --store=DIR          the same, and keeps the evaluations that lrjax.evaluate --out=DIR wrote
 
 First what became of the paper's claims: those of all experiments that name its figures. Of every experiment what was
 asked, a table of its rows (mean over the seeds with Student's 95 % interval), the claims with the interval of the
 paired differences and what follows from it, a picture, and config, seeds, commit, machine and command. An experiment of
-configs/experiments/ that has no stored runs is listed with the command that makes them.
+configs/experiments/ that has no stored runs is listed with the command that makes them. Then the evaluations of real
+models, docs/results/evaluations/NAME/CHECKPOINT.json, a table for every NAME: what `--store` keeps of them are
+the results without the samples.
 """
 
 import ast
@@ -18,11 +21,12 @@ from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
 from lrjax.evaluation.statistics import paired, t_interval, wilson_interval
-from lrjax.reporting import plots
+from lrjax.reporting import evaluations, plots
 
 _FLAGS = ProgramFlags()
 _RESULTS = _FLAGS.DEFINE_string("results", "docs/results", "Directory of the stored runs.")
 _CONFIGS = _FLAGS.DEFINE_string("configs", "configs/experiments", "Directory of the experiments.")
+_STORE = _FLAGS.DEFINE_string("store", "", "Keep these evaluations, --out of lrjax.evaluate.")
 _OUT = _FLAGS.DEFINE_string(
     "out", "docs/results.md", "The page; its pictures go to pictures/ beside it."
 )
@@ -51,7 +55,10 @@ def main(argv) -> None:
         raise UserError(f"unknown argument {argv[1]!r}; see --help")
     out = pathlib.Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files = sorted(pathlib.Path(_RESULTS.value).glob("*.json"))
+    folder = pathlib.Path(_RESULTS.value)
+    if _STORE.value:
+        evaluations.store(pathlib.Path(_STORE.value), folder / "evaluations")
+    files = sorted(folder.glob("*.json"))
     stored = [wd.read_json(file) for file in files]
     parts = [INTRO, paper_claims(stored)]
     for results in stored:
@@ -64,6 +71,7 @@ def main(argv) -> None:
             ),
         )
         parts.append(section(results, f"pictures/{picture.name}"))
+    parts += [evaluations.section(found) for found in sorted((folder / "evaluations").glob("*/"))]
     parts.append(_not_run(pathlib.Path(_CONFIGS.value), {results["name"] for results in stored}))
     _write(out, "\n".join(filter(None, parts)).encode())
 

@@ -15,6 +15,7 @@ from lrjax.errors import UserError
 from lrjax.evaluation import suite
 from lrjax.evaluation.suite import Options
 from lrjax.models.llama import LlamaConfig, init_params
+from lrjax.reporting import evaluations
 from lrjax.reporting.comparison import markdown
 
 CONFIG = LlamaConfig(
@@ -77,6 +78,13 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
         table.splitlines()[0] == "| task | length | model0 | model1 |"
         and len(table.splitlines()) == 4
     )
+    # What the page of results keeps of it.
+    evaluations.store(tmp_path, tmp_path / "kept")
+    kept = json.loads((tmp_path / "kept" / tmp_path.name / "model1.json").read_text())
+    assert "samples" not in kept["results"]["niah_single_1"]["2048"]
+    page = evaluations.section(tmp_path / "kept" / tmp_path.name)
+    assert kept["made_by"][0]["commit"] in page
+    assert "| niah_single_1 | 2048 | 1 | " in page and f" {one['score']:.1f} [" in page
     run(
         "--tasks=niah_single_1",
         "--lengths=2048",
