@@ -8,6 +8,8 @@ it finds, the p-value of its flatness and, where documents have marked answers, 
 For every method of `longrecipe/selection.py`, over the same documents:
 
     kept           share of the tokens that is kept, and of it the part that only fills up the budget
+    reach          share of the documents that lies before the last kept token: a rule that fits nearly every sentence
+                   has its budget full early, and what it keeps is little but the start
     references     tokens that repeat something from at least a window back: the marked answers where the documents have
                    marks, else every copied group of three tokens. How many are kept, how many with their source, and
                    of how many the source alone
@@ -87,7 +89,7 @@ def measure(
             logging.warning("analyse: no anchor classes: %s", analysis["flat"])
             continue
         choose = choosing.make_selector(config, workdir, method, analysis)
-        counts, filled, lds, pairs, total = [], 0, [], [], 0
+        counts, reaches, filled, lds, pairs, total = [], [], 0, [], [], 0
         for index, id_ in enumerate(ids):
             record = samples.by_id(id_)
             kept = choose(record)
@@ -96,6 +98,7 @@ def measure(
             reference_L = references.is_far(source_L, config.window)
             if marked:
                 reference_L &= record["marks"].astype(bool)
+            reaches.append({"reach": kept.reach, "length": len(record["tokens"])})
             counts.append(references.count_kept(kept.token_index, source_L, reference_L))
             if index < len(wholes):
                 kept_tokens = record["tokens"][kept.token_index]
@@ -105,6 +108,7 @@ def measure(
         found["methods"][method] = {
             "kept_share": len(ids) * config.train_length / total,
             "filled_share": filled / (len(ids) * config.train_length),
+            "reach": _share(reaches, "reach", "length"),
             "references": sum(row["references"] for row in counts),
             "kept": _share(counts, "kept", "references"),
             "with_source": _share(counts, "with_source", "references"),
@@ -163,6 +167,7 @@ def table(found: dict) -> str:
     head = [
         "selection",
         "fills up",
+        "reach",
         "kept",
         "with source",
         "of the kept, with source",
@@ -177,7 +182,7 @@ def table(found: dict) -> str:
         head += ["LDS", "pairs kept", "on both sides"]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, row in found["methods"].items():
-        cells = [method, f"{row['filled_share']:.2f}"]
+        cells = [method, f"{row['filled_share']:.2f}", _text(row["reach"], 2)]
         cells += [
             _text(row[k]) for k in ("kept", "with_source", "with_source_of_kept", "source_only")
         ]

@@ -23,6 +23,7 @@ from lrjax.models.flops import forward_flops
 from lrjax.run import load_checkpoint, on_first_process, open_tokenizer
 
 LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
+MOSTLY_THE_START = 1.25  # a selection whose budget is full within so many times its tokens
 
 # ------------------------------------------------------------------------------------------- score
 
@@ -182,9 +183,12 @@ def write_selection(config, workdir, name, method, analysis) -> None:
     if method.weighting:
         scores = examples.open_records(workdir / "scores" / "long.array_record")
 
+    reaches = []
+
     def rows():
         for record in documents:
             kept = choose(record)
+            reaches.append((len(kept.token_index), kept.reach, len(record["tokens"])))
             index, lengths = kept.token_index, kept.segment_lengths
             if method.shuffle:
                 rng = examples.rng_of(config.seed, f"{record['id']} shuffled")
@@ -202,6 +206,13 @@ def write_selection(config, workdir, name, method, analysis) -> None:
             yield row
 
     write_records(workdir / "selected" / f"{name}.array_record", rows())
+    kept, reach, whole = np.sum(reaches, axis=0)
+    if method.selection not in ("first", "score") and reach < MOSTLY_THE_START * kept < whole:
+        logging.warning(
+            "methods.%s: selection %r has its %.0f %% of the tokens from the first %.0f %% of the documents: nearly "
+            "every sentence is one that it keeps, so it hardly differs from 'first'",
+            name, method.selection, 100 * kept / whole, 100 * reach / whole,
+        )  # fmt: skip
 
 
 def make_selector(config, workdir, method: str, analysis, length: int = 0, top_fraction=0.0):

@@ -1,10 +1,11 @@
-"""Scores are written in parts: a stage that was stopped goes on behind the last whole one."""
+"""Scores are written in parts: a stage that was stopped goes on behind the last whole one. Selections warn."""
 
 import numpy as np
 import pytest
 
-from lrjax import choosing
-from lrjax.data.records import RecordFile
+from lrjax import choosing, config
+from lrjax.data.records import RecordFile, write_records
+from lrjax.longrecipe.selection import Selection
 
 
 def test_parts_are_made_once_and_joined(tmp_path):
@@ -25,3 +26,22 @@ def test_parts_are_made_once_and_joined(tmp_path):
     records = RecordFile(path)
     assert [record["score"].item() for record in records] == list(range(10))
     assert [child.name for child in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("kept", "warned"), [(range(30), True), (range(0, 90, 3), False)])
+def test_a_selection_of_little_but_the_start_is_told(tmp_path, monkeypatch, kept, warned):
+    """On real text an anchor class may be in nearly every sentence: the budget is full early."""
+    document = {"id": "a", "tokens": np.arange(100), "marks": np.zeros(100, bool)}
+    write_records(tmp_path / "documents" / "long.array_record", [document])
+    chosen = Selection(np.array(kept, np.int32), np.array([30], np.int32), 0)
+    monkeypatch.setattr(choosing, "make_selector", lambda *_: lambda record: chosen)
+    told = []
+    monkeypatch.setattr(
+        choosing.logging, "warning", lambda text, *values: told.append(text % values)
+    )
+    method = config.method("anchor", "longrecipe")
+    choosing.write_selection(None, tmp_path, "longrecipe", method, {"anchors": ["word"]})
+    assert len(RecordFile(tmp_path / "selected" / "longrecipe.array_record")[0]["tokens"]) == 30
+    assert [("its 30 % of the tokens from the first 30 %" in text) for text in told] == [
+        True
+    ] * warned

@@ -42,6 +42,11 @@ class Selection(NamedTuple):
     segment_lengths: Int32[np.ndarray, "S_kept"]
     filled: int
 
+    @property
+    def reach(self) -> int:
+        """Tokens of the document up to the last kept one."""
+        return int(self.token_index[-1]) + 1
+
 
 def select(
     method: str,
