@@ -23,7 +23,7 @@ from lrjax.models.flops import forward_flops
 from lrjax.run import load_checkpoint, on_first_process, open_tokenizer
 
 LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
-MOSTLY_THE_START = 1.25  # a selection whose budget is full within so many times its tokens
+MOSTLY_THE_START = 1.5  # a selection whose budget is full within so many times its tokens
 
 # ------------------------------------------------------------------------------------------- score
 
