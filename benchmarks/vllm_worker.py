@@ -48,7 +48,7 @@ def main() -> None:
         try:
             found[name] = answer(job)
         except Exception as error:  # vLLM raises many kinds, and each is a result
-            found[name] = {"error": str(error).strip().splitlines()[-1]}
+            found[name] = {"error": (str(error).strip() or repr(error)).splitlines()[-1]}
         results.write_text(json.dumps(found))
 
 

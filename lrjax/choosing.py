@@ -207,7 +207,8 @@ def write_selection(config, workdir, name, method, analysis) -> None:
 
     write_records(workdir / "selected" / f"{name}.array_record", rows())
     kept, reach, whole = np.sum(reaches, axis=0)
-    if method.selection not in ("first", "score") and reach < MOSTLY_THE_START * kept < whole:
+    # These take every sentence that fits their rule, from the start on, until the budget is full.
+    if method.selection in ("anchor", "digits") and reach < MOSTLY_THE_START * kept < whole:
         logging.warning(
             "methods.%s: selection %r has its %.0f %% of the tokens from the first %.0f %% of the documents: nearly "
             "every sentence is one that it keeps, so it hardly differs from 'first'",

@@ -237,6 +237,7 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
             (out / name / f"{task_name}.png").write_bytes(picture)
     for reading in options.readings():
         everything["summary"] |= _reading_figures(reading, everything[reading])
+    everything["complete"] = True
     wd.write_json(out / name / "results.json", everything)
     return everything
 

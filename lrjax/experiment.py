@@ -83,10 +83,12 @@ def main(argv) -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     runs_ = plan_runs(experiment, workdir, read_seeds(_SEEDS.value), _ARMS.value)
     out = pathlib.Path(_OUT.value)
-    others = stored_runs(experiment, runs_, out)
-    if others and not _KEEP.value:
+    others = stored_runs(experiment, out)
+    if _KEEP.value:
+        check_stored(experiment, others)
+    elif others:
         logging.warning(
-            "%s: runs in it that are not among these are replaced (%d); --keep keeps them",
+            "%s: its %d runs are replaced by these; --keep keeps those of other arms and seeds",
             _json(experiment, out), len(others),
         )  # fmt: skip
         others = []
@@ -178,10 +180,9 @@ def _base(workdir, config) -> pathlib.Path:
 
 
 def config_digest(config) -> str:
-    """Of the config of an arm, without its seed and without where its base lies."""
-    return _digest(
-        {k: v for k, v in wd.flatten(config).items() if k not in ("seed", "model.source")}
-    )
+    """Of the config of an arm, without its seed, where its base lies, and splash's blocks, which are of TPUs alone."""
+    left_out = ("seed", "model.source", "model.attention_block")
+    return _digest({k: v for k, v in wd.flatten(config).items() if k not in left_out})
 
 
 def _digest(flat: dict) -> str:
@@ -194,7 +195,7 @@ def _digest(flat: dict) -> str:
 def run_all(experiment, runs_, workdir, processes: int, out, others=()) -> list[pathlib.Path]:
     """Runs what is not complete and writes the JSON whenever a run is; returns the logs of runs that failed.
 
-    `others`: runs as the JSON has them, which it is to have as well.
+    `others`: runs as the JSON has them, which it is to keep until one of the same arm and seed is complete here.
     """
     locks = {_base(workdir, run.config): threading.Lock() for run in runs_}
     writing = threading.Lock()
@@ -266,17 +267,27 @@ def _json(experiment, out) -> pathlib.Path:
     return out / f"{experiment.name}{'-smoke' * experiment.smoke}.json"
 
 
-def stored_runs(experiment, runs_, out) -> list[dict]:
-    """The runs that the JSON has of this experiment's arms and that are not among `runs_`."""
+def stored_runs(experiment, out) -> list[dict]:
+    """The runs that the JSON has."""
     file = _json(experiment, out)
-    if not file.exists():
-        return []
-    known = {(run.arm, run.seed) for run in runs_}
-    return [
-        run
-        for run in wd.read_json(file)["runs"]
-        if run["arm"] in experiment.module.ARMS and (run["arm"], run["seed"]) not in known
-    ]
+    return wd.read_json(file)["runs"] if file.exists() else []
+
+
+def check_stored(experiment, stored) -> None:
+    """Raises `UserError` for runs that cannot stand beside this experiment's: of other arms or of other configs."""
+    for run in stored:
+        arm = run["arm"]
+        if arm not in experiment.module.ARMS:
+            raise UserError(
+                f"--keep: a stored run is of arm {arm!r}, which the experiment does not have"
+            )
+        variant = ",".join(filter(None, (arm, "smoke" if experiment.smoke else "")))
+        digest = config_digest(experiment.module.get_config(variant))
+        if run["config_digest"] != digest:
+            raise UserError(
+                f"--keep: arm {arm or 'all'!r} is another config now ({digest}) than that of the stored run with seed "
+                f"{run['seed']} ({run['config_digest']}); run it again, without --keep"
+            )
 
 
 def _write(experiment, runs_, out, others) -> None:
@@ -285,6 +296,8 @@ def _write(experiment, runs_, out, others) -> None:
         return
     module = experiment.module
     title, about = module.__doc__.strip().split("\n\n", 1)
+    known = {(run.arm, run.seed) for run in complete}
+    others = [run for run in others if (run["arm"], run["seed"]) not in known]
     file = _json(experiment, out)
     seeds = sorted({run.seed for run in runs_} | {run["seed"] for run in others})
     results = {

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
+from lrjax.evaluation import suite
 from lrjax.evaluation.statistics import paired, t_interval, wilson_interval
 from lrjax.reporting import evaluations, plots
 
@@ -33,7 +34,8 @@ _OUT = _FLAGS.DEFINE_string(
 
 INTRO = """# Results
 
-Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of `configs/experiments/`; do not edit.
+Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of `configs/experiments/`, and from
+`docs/results/evaluations/`, what `lrjax.evaluate` found of real models; do not edit.
 
 - **Needles**: share of the facts asked for that are found, in %, by the length of the text. *Near*: asked for within
   the window that the base was trained for; *far*: four windows away or more; both in texts of the target length.
@@ -57,7 +59,7 @@ def main(argv) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = pathlib.Path(_RESULTS.value)
     if _STORE.value:
-        evaluations.store(pathlib.Path(_STORE.value), folder / "evaluations")
+        store(pathlib.Path(_STORE.value), folder / "evaluations")
     files = sorted(folder.glob("*.json"))
     stored = [wd.read_json(file) for file in files]
     parts = [INTRO, paper_claims(stored)]
@@ -71,8 +73,10 @@ def main(argv) -> None:
             ),
         )
         parts.append(section(results, f"pictures/{picture.name}"))
-    parts += [evaluations.section(found) for found in sorted((folder / "evaluations").glob("*/"))]
     parts.append(_not_run(pathlib.Path(_CONFIGS.value), {results["name"] for results in stored}))
+    for each in sorted((folder / "evaluations").glob("*/")):
+        found = {file.stem: wd.read_json(file) for file in sorted(each.glob("*.json"))}
+        parts.append(evaluations.section(each.name, found))
     _write(out, "\n".join(filter(None, parts)).encode())
 
 
@@ -82,14 +86,17 @@ def paper_claims(stored: Sequence[Mapping]) -> str:
         "| the paper's claim | there | here: difference | verdict | experiment |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for results in stored:
+    for results in (each for each in stored if not each["smoke"]):
         for claim in results["claims"]:
             found = compare(results, claim) if "paper" in claim else None
             if found:
-                lines.append(
-                    f"| {claim['text']}{_margin(claim)} | {claim['paper']} | {_difference(claim, found)} "
-                    f"| **{found['verdict']}** | {results['name']} |"
-                )
+                cells = [
+                    _where(claim) + claim["text"] + _margin(claim),
+                    claim["paper"],
+                    _difference(claim, found),
+                ]
+                cells += [f"**{found['verdict']}**", results["name"]]
+                lines.append(f"| {' | '.join(cells)} |")
     if len(lines) == 2:
         return ""
     return "\n".join(["## What became of the paper's claims", "", *lines, ""])
@@ -165,9 +172,8 @@ def _claims(results) -> list[str]:
         if claim["measure"] == "needles" and "margin" not in claim:
             nats = compare(results, claim | {"measure": "answer_nll"})
             second = f"{nats['mean']:+.3f}{_interval(nats['interval'], 1, 3)}: {nats['verdict']}"
-        where = f"{claim['arm']}: " if claim.get("arm") and "worse_arm" not in claim else ""
         lines.append(
-            f"| {where}{claim['text']}{_margin(claim)} | {claim['better']}, {claim['worse']} "
+            f"| {_where(claim)}{claim['text']}{_margin(claim)} | {claim['better']}, {claim['worse']} "
             f"| {claim.get('paper', '')} | {_difference(claim, found)} "
             f"| {p_values} | **{found['verdict']}** | {second} |"
         )
@@ -178,6 +184,10 @@ def _difference(claim: Mapping, found: Mapping) -> str:
     scale, digits = _scale(claim)
     interval = _interval(found["interval"], scale, digits)
     return f"{scale * found['mean']:+.{digits}f}{interval} ({claim['measure']})"
+
+
+def _where(claim: Mapping) -> str:
+    return f"{claim['arm']}: " if claim.get("arm") and "worse_arm" not in claim else ""
 
 
 def _margin(claim: Mapping) -> str:
@@ -213,6 +223,44 @@ def _origin(results) -> list[str]:
         f"{sum(run['seconds'] for run in runs):,.0f} s of runs (bases not counted), side by side with others. "
         f"`{results['command']}`",
     ]
+
+
+def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
+    """Keeps what `lrjax.evaluate --out=EVALUATION` found of every checkpoint, in place of what was there.
+
+    It becomes FOLDER/EVALUATION/CHECKPOINT.json. Samples are left out, and of paths all but the name.
+
+    Raises:
+        UserError: there is nothing, or not all of it.
+    """
+    files = sorted(evaluation.glob("*/results.json"))
+    if not files:
+        raise UserError(
+            f"--store={evaluation}: no CHECKPOINT/results.json; lrjax.evaluate --out writes it"
+        )
+    kept = {}
+    for file in files:
+        found = wd.read_json(file)
+        if not found.get("complete") or "made_by" not in found:
+            raise UserError(
+                f"{file}: not complete; the same call of lrjax.evaluate goes on with it"
+            )
+        for result in (
+            result for by_length in found["results"].values() for result in by_length.values()
+        ):
+            result["invented"] = suite.invented(result)
+            result.pop("samples", None)
+        found["checkpoint"] = pathlib.PurePath(found["checkpoint"]).name
+        found["options"] = {
+            key: pathlib.PurePath(value).name if isinstance(value, str) else value
+            for key, value in found["options"].items()
+        }
+        kept[file.parent.name] = found
+    target = folder / evaluation.resolve().name
+    for old in target.glob("*.json"):
+        old.unlink()
+    for name, found in kept.items():
+        wd.write_json(target / f"{name}.json", found)
 
 
 def _not_run(configs: pathlib.Path, known: set[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lrjax import evaluate
+from lrjax import results as results_page
 from lrjax.checkpoints import orbax
 from lrjax.data.tokenizers import byte_tokenizer
 from lrjax.errors import UserError
@@ -79,12 +80,20 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
         and len(table.splitlines()) == 4
     )
     # What the page of results keeps of it.
-    evaluations.store(tmp_path, tmp_path / "kept")
+    results_page.store(tmp_path, tmp_path / "kept")
     kept = json.loads((tmp_path / "kept" / tmp_path.name / "model1.json").read_text())
     assert "samples" not in kept["results"]["niah_single_1"]["2048"]
-    page = evaluations.section(tmp_path / "kept" / tmp_path.name)
+    assert kept["checkpoint"] == "model1"  # of paths the name
+    page = evaluations.section("needles", {"model1": kept})
     assert kept["made_by"][0]["commit"] in page
-    assert "| niah_single_1 | 2048 | 1 | " in page and f" {one['score']:.1f} [" in page
+    assert f"| niah_single_1 | 2048 | 1 | {one['score']:.1f} [" in page
+    with pytest.raises(UserError, match="no CHECKPOINT/results"):
+        results_page.store(tmp_path / "kept", tmp_path)
+    unfinished = tmp_path / "unfinished" / "model"
+    unfinished.mkdir(parents=True)
+    (unfinished / "results.json").write_text(json.dumps(results | {"complete": False}))
+    with pytest.raises(UserError, match="not complete; the same call"):
+        results_page.store(tmp_path / "unfinished", tmp_path)
     run(
         "--tasks=niah_single_1",
         "--lengths=2048",

@@ -244,14 +244,22 @@ def test_near_and_far_needles():
     assert results.distant(row, 512, 256, 512) == 3 / 8
 
 
-def test_stored_runs_of_other_machines_are_known(tmp_path):
-    """Those of arms that the experiment has, with seeds that are not run here."""
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_runs_are_of_the_configs_that_are_here(name):
+    """So that --keep takes them, and whoever changes a config sees which runs are of another one."""
+    opened = experiment.open_experiment(str(ROOT / "configs" / "experiments" / f"{name}.py"))
+    stored = experiment.stored_runs(opened, ROOT / "docs" / "results")
+    experiment.check_stored(opened, stored)
+
+
+def test_stored_runs_of_other_configs_are_not_kept(tmp_path):
     opened = experiment.open_experiment(str(ROOT / "configs" / "experiments" / "skips.py"))
-    here = experiment.plan_runs(opened, tmp_path, [3])
-    assert experiment.stored_runs(opened, here, tmp_path) == []
-    runs = [{"arm": arm, "seed": seed} for arm in ("", "of old") for seed in (3, 4)]
-    (tmp_path / "skips.json").write_text(json.dumps({"runs": runs}))
-    assert experiment.stored_runs(opened, here, tmp_path) == [{"arm": "", "seed": 4}]
+    assert experiment.stored_runs(opened, tmp_path) == []
+    run = {"arm": "", "seed": 4, "config_digest": "0"}
+    with pytest.raises(UserError, match=r"arm 'all' is another config now .* seed 4 \(0\)"):
+        experiment.check_stored(opened, [run])
+    with pytest.raises(UserError, match="of arm 'of old', which the experiment does not have"):
+        experiment.check_stored(opened, [run | {"arm": "of old"}])
 
 
 def test_seeds():
@@ -335,6 +343,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
         assert run["made_by"][0]["commit"] and run["made_by"][0]["devices"] == "1 x cpu"
     # A second call finds all complete, and keeps what another machine ran.
     file = tmp_path / "results" / "two-smoke.json"
+    # The run of seed 0 stays until this machine has one that is complete.
     elsewhere = stored["runs"][1] | {
         "seed": 9,
         "made_by": [{"commit": "e15e", "machine": "m", "devices": "8 x tpu"}],
@@ -350,7 +359,9 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     ]  # fmt: skip
     subprocess.run(page, cwd=ROOT, env=environment, check=True, capture_output=True)
     text = (tmp_path / "page.md").read_text()
-    assert "| One beats the other | 7 / 5 | " in text.split("## Two ways.")[0]
+    # A smoke run has no say in what becomes of the paper's claims.
+    assert "| One beats the other" not in text.split("## Two ways.")[0]
+    assert "| One beats the other | 7 / 5 | " in results.paper_claims([again | {"smoke": False}])
     assert "## Two ways." in text and "What they are." in text
     assert "| in_order: " not in text and "**not separable here (one seed)**" in text
     assert (tmp_path / "pictures" / "results_two-smoke.png").stat().st_size > 1000

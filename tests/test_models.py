@@ -125,11 +125,15 @@ def test_packed_documents_are_each_alone(params):
     np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
 
 
-def test_remat_changes_nothing(params):
+@pytest.mark.parametrize(
+    ("dtype", "policies"),
+    [("float32", sorted(set(REMAT_POLICIES) - {"none"})), ("bfloat16", ["attention"])],
+)
+def test_remat_changes_nothing(params, dtype, policies):
     tokens_BL = tokens(2, 24)
-    config = dataclasses.replace(CONFIG, attention="blockwise")
+    config = dataclasses.replace(CONFIG, dtype=dtype, attention="blockwise")
     loss, grad = loss_and_grad(config, params, tokens_BL)
-    for remat in sorted(set(REMAT_POLICIES) - {"none"}):
+    for remat in policies:
         other = loss_and_grad(dataclasses.replace(config, remat=remat), params, tokens_BL)
         np.testing.assert_allclose(other[0], loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other[1], grad)

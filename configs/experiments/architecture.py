@@ -4,8 +4,8 @@
 
 Arms: Llama with the RoPE base raised to 5,000; the same as a Qwen3 (norms of queries and keys), as a Gemma 3 (those
 and its other norms, its activation, and a first layer that is local, with window 32 and a RoPE base of its own), and
-as a Phi (half of each head rotated); and Llama with other encodings of the long window: YaRN, linear interpolation,
-and the RoPE base by the paper's rule.
+with half of each head rotated; and Llama with other encodings of the long window: YaRN, linear interpolation, and the
+RoPE base by the paper's rule.
 """
 
 from configs.experiments import setting

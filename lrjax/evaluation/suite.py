@@ -187,7 +187,7 @@ def summary(results: Mapping[str, Mapping[str, Mapping]]) -> dict:
         at = {
             task: by_length[length]
             for task, by_length in results.items()
-            if length in by_length and not _invented(by_length[length])
+            if length in by_length and not invented(by_length[length])
         }
         scores = {task: result["score"] for task, result in at.items()}
         for name, value in ruler.averages(scores).items():
@@ -209,7 +209,8 @@ def summary(results: Mapping[str, Mapping[str, Mapping]]) -> dict:
     return figures
 
 
-def _invented(result: Mapping) -> bool:
+def invented(result: Mapping) -> bool:
+    """Whether the questions are of `qa_sample`, not of the data set that the task is known for."""
     sources = result.get("sources", {})
     dataset = result.get("parameters", {}).get("dataset")
     return dataset is not None and sources.get(dataset, "").startswith("invented")
