@@ -1,10 +1,11 @@
 """How a device's share of a training step falls with the number of devices, compiled for 1 to 16 fake ones.
 
-    python -m benchmarks.scaling --picture=docs/pictures/scaling.png [--out=scaling.json]
+    python -m benchmarks.scaling --picture=docs/pictures/scaling.png [--times=1] [--out=scaling.json]
 
 A model of 0.2B parameters (AdamW, float32 state, full remat). Two series: sixteen sequences of 4,096 tokens split over
 `fsdp`, and one of 65,536 split over `context`. FLOPs are those of the program, loops included, over the devices;
 memory is the compiler's: what a device keeps (parameters, moments, batch) and what it needs besides. Nothing is run.
+`--times=4` has four times the sequences, and one of four times the length: what does not fall weighs less then.
 """
 
 import argparse
@@ -20,7 +21,12 @@ SHAPE = {
 SERIES = {"fsdp": (16, 4096), "context": (1, 65536)}  # sequences, tokens of each
 
 
-def measure(axis: str, devices: int) -> dict[str, float]:
+def series(axis: str, times: int) -> tuple[int, int]:
+    batch, length = SERIES[axis]
+    return (batch * times, length) if batch > 1 else (batch, length * times)
+
+
+def measure(axis: str, devices: int, times: int) -> dict[str, float]:
     """FLOPs and bytes of a device."""
     import jax
 
@@ -28,7 +34,7 @@ def measure(axis: str, devices: int) -> dict[str, float]:
     from lrjax import sharding
     from lrjax.planning import estimate, steps
 
-    batch, length = SERIES[axis]
+    batch, length = series(axis, times)
     config = config_lib.default()
     config.model.update(shape=SHAPE, remat="full", attention="blockwise")
     config.window, config.target_length, config.train_length = 4096, length, length
@@ -46,7 +52,7 @@ def measure(axis: str, devices: int) -> dict[str, float]:
     }
 
 
-def draw(found: dict, path: pathlib.Path) -> None:
+def draw(found: dict, path: pathlib.Path, times: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +67,7 @@ def draw(found: dict, path: pathlib.Path) -> None:
         axis.loglog(
             DEVICES, [1 / n for n in DEVICES], "--", color="grey", label="1 / devices", base=2
         )
-        batch, length = SERIES[name]
+        batch, length = series(name, times)
         axis.set_title(f"{batch} x {length:,} tokens over {name}")
         axis.set_xticks(DEVICES, DEVICES)
         axis.set_xlabel("devices")
@@ -74,10 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
     parser.add_argument("--picture", type=pathlib.Path, help="PNG file")
+    parser.add_argument("--times", type=int, default=1, help="as many tokens")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(DEVICES)}"
-    found = {axis: {str(n): measure(axis, n) for n in DEVICES} for axis in SERIES}
+    found = {axis: {str(n): measure(axis, n, args.times) for n in DEVICES} for axis in SERIES}
     for axis, points in found.items():
         print(
             f"over {axis:8} {'TFLOP':>9} {'kept GB':>9} {'besides GB':>11}   times the devices, of one alone"
@@ -91,7 +98,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
     if args.picture:
-        draw(found, args.picture)
+        draw(found, args.picture, args.times)
 
 
 if __name__ == "__main__":
