@@ -228,7 +228,7 @@ def _origin(results) -> list[str]:
 def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
     """Keeps what `lrjax.evaluate --out=EVALUATION` found of every checkpoint, in place of what was there.
 
-    It becomes FOLDER/EVALUATION/CHECKPOINT.json. Samples are left out, and of paths all but the name.
+    It becomes FOLDER/EVALUATION/CHECKPOINT.json. Samples are left out, and of absolute paths all but the name.
 
     Raises:
         UserError: there is nothing, or not all of it.
@@ -250,9 +250,9 @@ def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
         ):
             result["invented"] = suite.invented(result)
             result.pop("samples", None)
-        found["checkpoint"] = pathlib.PurePath(found["checkpoint"]).name
+        found["checkpoint"] = _without_folders(found["checkpoint"])
         found["options"] = {
-            key: pathlib.PurePath(value).name if isinstance(value, str) else value
+            key: _without_folders(value) if isinstance(value, str) else value
             for key, value in found["options"].items()
         }
         kept[file.parent.name] = found
@@ -261,6 +261,10 @@ def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
         old.unlink()
     for name, found in kept.items():
         wd.write_json(target / f"{name}.json", found)
+
+
+def _without_folders(path: str) -> str:
+    return pathlib.PurePath(path).name if pathlib.PurePath(path).is_absolute() else path
 
 
 def _not_run(configs: pathlib.Path, known: set[str]) -> str:

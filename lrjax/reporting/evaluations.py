@@ -10,6 +10,7 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
     """Checkpoints side by side: scores with Wilson's 95 % interval, then means and what was read (perplexity, ...)."""
     head = ["task", "tokens", "samples", *found]
     lines = [f"## Evaluation: {title}", "", *(_asked(name, one) for name, one in found.items()), ""]
+    lines += [*_unique(map(_command, found.values())), ""]
     lines += [_line(head), "|" + " --- |" * len(head)]
     asked = _unique(
         (length, task)
@@ -36,18 +37,27 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
 
 
 def _asked(name: str, one: Mapping) -> str:
-    options = one["options"]
-    data = [
-        f", {key}: {options[key]}" for key in ("squad", "hotpotqa", "ruler_dir") if options[key]
-    ]
     commits = ", ".join(_unique(note["commit"] for note in one["made_by"]))
     machines = "; ".join(
         _unique(f"{note['machine']}, {note['devices']}" for note in one["made_by"])
     )
     return (
-        f"- **{name}**: `{one['checkpoint']}`, window {one['window']:,}, {one['dtype']}; seed {options['seed']}"
-        f"{''.join(data)}; commit {commits}; {machines}"
+        f"- **{name}**: `{one['checkpoint']}`, window {one['window']:,}, {one['dtype']}; commit {commits}; "
+        f"{machines}"
     )
+
+
+def _command(one: Mapping) -> str:
+    options = one["options"]
+    flags = {
+        "tasks": ",".join(options["tasks"]),
+        "lengths": ",".join(map(str, options["lengths"])),
+        "samples": options["samples"],
+        "seed": options["seed"],
+    }
+    flags |= {name: options[name] for name in ("squad", "hotpotqa", "ruler_dir") if options[name]}
+    given = " ".join(f"--{name}={value}" for name, value in flags.items())
+    return f"`python -m lrjax.evaluate CHECKPOINT ... {given} --out=DIR`"
 
 
 def _line(cells: Sequence[str]) -> str:
