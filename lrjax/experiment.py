@@ -268,9 +268,16 @@ def _json(experiment, out) -> pathlib.Path:
 
 
 def stored_runs(experiment, out) -> list[dict]:
-    """The runs that the JSON has."""
+    """The runs that the JSON has. Raises `UserError` for a file that holds no experiment."""
     file = _json(experiment, out)
-    return wd.read_json(file)["runs"] if file.exists() else []
+    if not file.exists():
+        return []
+    runs = wd.read_json(file).get("runs", [])
+    if not runs or not all({"arm", "seed", "config_digest", "rows"} <= run.keys() for run in runs):
+        raise UserError(
+            f"{file}: not the runs of an experiment; move it away, or name another --out"
+        )
+    return runs
 
 
 def check_stored(experiment, stored) -> None:

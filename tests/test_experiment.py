@@ -255,6 +255,9 @@ def test_stored_runs_are_of_the_configs_that_are_here(name):
 def test_stored_runs_of_other_configs_are_not_kept(tmp_path):
     opened = experiment.open_experiment(str(ROOT / "configs" / "experiments" / "skips.py"))
     assert experiment.stored_runs(opened, tmp_path) == []
+    (tmp_path / "skips.json").write_text('{"runs": [{"arm": ""}]}')
+    with pytest.raises(UserError, match="not the runs of an experiment"):
+        experiment.stored_runs(opened, tmp_path)
     run = {"arm": "", "seed": 4, "config_digest": "0"}
     with pytest.raises(UserError, match=r"arm 'all' is another config now .* seed 4 \(0\)"):
         experiment.check_stored(opened, [run])
