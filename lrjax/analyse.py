@@ -127,8 +127,13 @@ def _scores(config, workdir, samples, ids) -> dict:
     classes = choosing.open_classes(config, workdir)
     rows = [(stored.by_id(id_), samples.by_id(id_)) for id_ in ids]
     length = max(len(record["delta_logit"]) for record, _ in rows)
-    class_rows = [classes.of(sample)[1 : len(record["valid"]) + 1] for record, sample in rows]
+    whole_rows = [classes.of(sample) for _, sample in rows]
+    class_rows = [
+        row[1 : len(record["valid"]) + 1] for row, (record, _) in zip(whole_rows, rows, strict=True)
+    ]
     classes_NL = impact.stack_rows(class_rows, length)
+    segments = [sample["segment_lengths"] for _, sample in rows]
+    sentences_C = impact.sentence_shares(whole_rows, segments, classes.names)
     marks_NL = impact.stack([sample["marks"][1:] for _, sample in rows], length)
     found = {}
     for name in impact.SCORES:
@@ -136,7 +141,7 @@ def _scores(config, workdir, samples, ids) -> dict:
             continue
         delta_NL = impact.stack([impact.score_of(record, name) for record, _ in rows], length)
         analysis = impact.analyse(
-            delta_NL, classes_NL, marks_NL, names=classes.names, top=config.analyse.top,
+            delta_NL, classes_NL, marks_NL, names=classes.names, sentences_C=sentences_C, top=config.analyse.top,
             top_fraction=config.analyse.top_fraction, min_lift=config.analyse.min_lift,
         )  # fmt: skip
         flatness, validation = analysis["flatness"], analysis.get("validation", {})

@@ -114,23 +114,37 @@ def analyse(config, workdir):
     scores = examples.open_records(workdir / "scores" / "long.array_record")
     classes = open_classes(config, workdir)
     length = max(len(record["delta_logit"]) for record in scores)
-    changes, class_rows, marks = [], [], []
+    changes, class_rows, segments, marks = [], [], [], []
     for record in scores:
         document = documents.by_id(record["id"])
         changes.append(impact.score_of(record, config.analyse.score))
-        class_rows.append(classes.of(document)[1 : len(changes[-1]) + 1])
+        class_rows.append(classes.of(document))
+        segments.append(document["segment_lengths"])
         marks.append(document["marks"][1:])
     analysis = impact.analyse(
         delta_NL=impact.stack(changes, length),
-        classes_NL=impact.stack_rows(class_rows, length),
+        # The first token is predicted by nothing.
+        classes_NL=impact.stack_rows(
+            [row[1 : len(change) + 1] for row, change in zip(class_rows, changes, strict=True)],
+            length,
+        ),
         marks_NL=impact.stack(marks, length),
         names=classes.names,
+        sentences_C=impact.sentence_shares(class_rows, segments, classes.names),
         top=config.analyse.top,
         top_fraction=config.analyse.top_fraction,
         min_lift=config.analyse.min_lift,
     )
     if warning := analysis["flatness"]["warning"]:
         logging.warning("analyse: %s", warning)
+    logging.info("analyse: anchor classes: %s", ", ".join(analysis["anchors"]) or "none")
+    for row in analysis["classes"]:
+        over = row["lift"] > config.analyse.min_lift and row["interval"][0] > 1
+        if over and not row["anchor"] and row["sentences"] > impact.EVERYWHERE:
+            logging.info(
+                "analyse: '%s' is over-represented too (lift %.2f), but %.0f %% of the sentences hold one: no anchor",
+                row["name"], row["lift"], 100 * row["sentences"],
+            )  # fmt: skip
     wd.write_json(workdir / "scores" / "analysis.json", analysis)
 
 

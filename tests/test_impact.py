@@ -138,6 +138,41 @@ def test_a_flat_change_has_no_anchors_and_says_so():
     assert same["anchors"] == [] and "largest lift is 1.00 ('word'" in same["flat"]
 
 
+def test_a_class_in_every_sentence_is_no_anchor_beside_one_that_tells_them_apart():
+    """Two documents of three and two sentences: words in all, numbers in two of the five."""
+    names = ("number", "word", "punctuation")
+    classes = [np.array([1, 2, 0, 1, 2, 1, 2]), np.array([0, 1, 1, 2])]
+    shares_C = impact.sentence_shares(classes, [[2, 3, 2], [2, 2]], names)
+    np.testing.assert_allclose(shares_C, [2 / 5, 1, 4 / 5])
+
+    def lift(name, sentences):
+        return impact.ClassLift(name, 9, 0.1, 0.2, 2.0, 1.5, 2.5, sentences)
+
+    everywhere, telling = lift("punctuation", 0.95), lift("number", 0.2)
+    assert impact.anchor_classes([everywhere, telling]) == ["number"]
+    assert impact.anchor_classes([everywhere]) == ["punctuation"]  # the best there is
+    unknown = lift("punctuation", None)
+    assert impact.anchor_classes([unknown, telling]) == ["punctuation", "number"]
+
+
+def test_analyse_leaves_out_a_class_that_is_everywhere():
+    delta_NL, classes_NL = make(np.random.default_rng(0), 30, 60, 0.2, 1.5)
+    punctuation = impact.CLASS_NAMES.index("punctuation")
+    classes_NL[:, ::6] = punctuation
+    delta_NL[:, ::6] += 1.5
+    assert impact.analyse(delta_NL, classes_NL, top="overall")["anchors"] == [
+        "number",
+        "punctuation",
+    ]
+    sentences_C = np.zeros(len(impact.CLASS_NAMES))
+    sentences_C[punctuation] = 1.0
+    analysis = impact.analyse(delta_NL, classes_NL, top="overall", sentences_C=sentences_C)
+    assert analysis["anchors"] == ["number"]
+    rows = {row["name"]: row for row in analysis["classes"]}
+    assert rows["punctuation"]["lift"] > 1.2 and not rows["punctuation"]["anchor"]
+    assert (rows["number"]["sentences"], rows["punctuation"]["sentences"]) == (0.0, 1.0)
+
+
 def test_one_document_alone_does_not_make_an_anchor():
     """All of a class in one of many documents: its tokens are not independent witnesses of the class."""
     delta_NL, classes_NL = make(np.random.default_rng(0), 12, 200, 0.0, 0.0)

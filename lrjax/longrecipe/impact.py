@@ -52,6 +52,8 @@ _CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")  # <s>, <|im_end|>, [PAD]
 _REPLICATES = 2000
 # White space, control tokens, what a tagger left over (SPACE, X), text that is not copied.
 NO_CONTENT = ("space", "other", "SPACE", "X", "new")
+# A class that more than this share of the sentences hold, as all hold punctuation, does not tell them apart.
+EVERYWHERE = 0.9
 
 
 # ------------------------------------------------------------------------------------------------------- the top
@@ -192,7 +194,8 @@ def stack_classes(
 
 @dataclasses.dataclass(frozen=True)
 class ClassLift:
-    """One class: its share of all tokens, of the top ones, their ratio, and an interval for that ratio."""
+    """One class: its share of all tokens, of the top ones, their ratio, and an interval for that ratio; the share of
+    the sentences that hold one of its tokens, None where nobody counted."""
 
     name: str
     count: int
@@ -201,6 +204,7 @@ class ClassLift:
     lift: float
     low: float
     high: float
+    sentences: float | None = None
 
 
 def class_lift(
@@ -208,6 +212,7 @@ def class_lift(
     top_NL: Bool[np.ndarray, "N L"],
     *,
     names: Sequence[str] = CLASS_NAMES,
+    sentences_C: Float[np.ndarray, "C"] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[ClassLift]:
@@ -216,7 +221,7 @@ def class_lift(
     The interval is the wider of two: a bootstrap over samples, because the tokens of one document are not
     independent, and Wilson's for the top rate within the class, because resampling sees no doubt in a class
     that a few tokens make up. Both hold for all classes at once with `confidence` (Bonferroni). A class that
-    occurs in one sample only gets the widest interval there is.
+    occurs in one sample only gets the widest interval there is. `sentences_C` is as `sentence_shares` makes it.
 
     Raises:
         UserError: there is no token at all.
@@ -258,6 +263,7 @@ def class_lift(
                 lift=float(share_top / share_all),
                 low=float(low),
                 high=float(high),
+                sentences=None if sentences_C is None else float(sentences_C[index]),
             )
         )
     return found
@@ -279,16 +285,34 @@ def _wilson(successes, trials, tail):
     return centre - half, centre + half
 
 
+def sentence_shares(class_rows, segment_rows, names: Sequence[str]) -> Float[np.ndarray, "C"]:
+    """For each class the share of the sentences that hold one of its tokens.
+
+    Args:
+        class_rows, segment_rows: of each document the classes of its tokens [L] and the lengths of its sentences [S].
+    """
+    holding_C, sentences = np.zeros(len(names), int), 0
+    for classes_L, lengths_S in zip(class_rows, segment_rows, strict=True):
+        starts_S = np.cumsum(lengths_S) - lengths_S
+        holds_CL = np.asarray(classes_L) == np.arange(len(names))[:, None]
+        holding_C += np.logical_or.reduceat(holds_CL, starts_S, axis=1).sum(axis=1)
+        sentences += len(starts_S)
+    return holding_C / sentences
+
+
 def anchor_classes(lifts: Sequence[ClassLift], min_lift: float = 1.2) -> list[str]:
     """The classes whose lift is above `min_lift` and whose interval is above 1; [] if the change is flat.
 
-    Those of `NO_CONTENT` are never anchors: they are no content of a sentence.
+    Those of `NO_CONTENT` are never anchors: they are no content of a sentence. Those that are `EVERYWHERE` are anchors
+    only where all are: beside them no other class would decide which sentences stay.
     """
-    return [
-        lift.name
+    found = [
+        lift
         for lift in lifts
         if lift.lift > min_lift and lift.low > 1 and lift.name not in NO_CONTENT
     ]
+    telling = [lift for lift in found if lift.sentences is None or lift.sentences <= EVERYWHERE]
+    return [lift.name for lift in telling or found]
 
 
 def flat_message(lifts: Sequence[ClassLift], min_lift: float = 1.2) -> str:
@@ -331,6 +355,7 @@ def analyse(
     marks_NL=None,
     *,
     names: Sequence[str] = CLASS_NAMES,
+    sentences_C: Float[np.ndarray, "C"] | None = None,
     top: str = "position",
     top_fraction: float = 0.2,
     min_lift: float = 1.2,
@@ -341,6 +366,7 @@ def analyse(
     Args:
         delta_NL, classes_NL: as `stack` and `stack_classes` make them.
         names: of the classes.
+        sentences_C: as `sentence_shares` makes it; None: a class may be an anchor however many sentences hold it.
         top: "position": the top fraction of the samples at each position (the paper's); "overall": of all tokens.
         marks_NL: known long-range answers, to validate the scorer; none set: no `validation`.
         buckets: position ranges over which `significance` and `frequency` are averaged.
@@ -355,7 +381,7 @@ def analyse(
         raise UserError(f"analyse.top {top!r}: allowed: {', '.join(TOPS)}")
     valid_NL = classes_NL >= 0
     top_NL = TOPS[top](delta_NL, top_fraction, valid_NL)
-    lifts = class_lift(classes_NL, top_NL, names=names)
+    lifts = class_lift(classes_NL, top_NL, names=names, sentences_C=sentences_C)
     anchors = anchor_classes(lifts, min_lift)
     rows = []
     for lift in lifts:
