@@ -1,6 +1,6 @@
 """Causal attention block by block: memory linear in the length, its own backward pass, any platform.
 
-Queries come in blocks of `_query_block` tokens, keys in blocks of `KEY_BLOCK`. The softmax is accumulated
+Queries and keys come in blocks (`_block_sizes`). The softmax is accumulated
 online over the key blocks (Milakov & Gimelshein 2018; Dao et al. 2022), the backward pass computes the weights
 again from the saved log-sum-exp. A pair of blocks is visited only if the causal order and the segment ids let
 anything be seen in it. The G query heads that share a key head are folded into the rows of one product,
@@ -19,11 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-KEY_BLOCK = 256
-QUERY_BLOCKS = (32, 256)  # smallest, largest
-BLOCK_SCORES = (
-    2**20
-)  # scores in flight over all heads and rows: a few MB, which stay in a CPU's cache
+KEY_BLOCK = 512  # at most
+QUERY_BLOCKS = (32, 512)  # smallest, largest
+BLOCK_SCORES = 2**22  # scores in flight over all heads and rows: 16 MB
 
 _LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
 
@@ -44,7 +42,7 @@ def blockwise(
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    bq, bk = _query_block(B * N, L), min(KEY_BLOCK, S)
+    bq, bk = _block_sizes(B * N, L, S)
     # Padding belongs to segments of its own, so that nothing sees it and it sees nothing.
     q_BLNH = _pad(q_BLNH, bq, 0)
     q_segment_ids_BL = _pad(q_segment_ids_BL.astype(jnp.int32), bq, -1)
@@ -254,13 +252,19 @@ def _row_masks(q_seg_L, q_offset, rows):
     return q_offset + jnp.arange(rows) // group, jnp.repeat(q_seg_L, group)
 
 
-def _query_block(heads: int, length: int) -> int:
-    """Queries to a block: a power of two, fewer the more heads and rows are worked on at the same time."""
+def _block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """Queries and keys to a block: fewer queries the more heads and rows are worked on at the same time, and the
+    blocks of one length about even, so that little is padded."""
+    bk = _even(keys, KEY_BLOCK)
     low, high = QUERY_BLOCKS
-    block = high
-    while block > low and block * heads * KEY_BLOCK > BLOCK_SCORES:
-        block //= 2
-    return min(block, length)
+    return _even(queries, min(max(BLOCK_SCORES // (heads * bk), low), high)), bk
+
+
+def _even(length: int, largest: int) -> int:
+    """The length of the fewest blocks of at most `largest` that hold `length`, of several a multiple of 16 if that
+    fits: a CPU's matrix units take 16 rows."""
+    blocks = -(-length // largest)
+    return length if blocks == 1 else min(largest, -(-length // (16 * blocks)) * 16)
 
 
 def _pad(x, multiple, value):
