@@ -71,10 +71,11 @@ def results(config, mesh_items, length):
     [
         ({"fsdp": 2, "context": 2, "data": 2}, {}, 32),
         ({"context": 4, "tensor": 2}, {}, 30),  # padded to 32
+        ({"context": 4, "tensor": 2}, {"context_parallel": "ring"}, 30),
         ({"context": 2, "tensor": 2, "fsdp": 2}, {"context_parallel": "ulysses"}, 32),
         ({"tensor": 4, "fsdp": 2}, {}, 32),
     ],
-    ids=["gather", "gather padded", "ulysses", "tensor"],
+    ids=["gather", "gather padded", "ring padded", "ulysses", "tensor"],
 )
 def test_sharded_is_single_device(mesh, changes, length):
     config = dataclasses.replace(CONFIG, **changes)
@@ -93,14 +94,52 @@ def test_sharded_is_single_device(mesh, changes, length):
 
 
 @pytest.mark.slow
-def test_splash_under_context_parallelism_is_single_device():
+@pytest.mark.parametrize("context_parallel", ["gather", "ring"])
+def test_splash_under_context_parallelism_is_single_device(context_parallel):
     """Interpreted; two runs of queries on a device, and blocks of 128."""
-    config = dataclasses.replace(CONFIG, attention="splash", num_layers=1)
+    config = dataclasses.replace(
+        CONFIG, attention="splash", num_layers=1, context_parallel=context_parallel
+    )
     mesh = (("context", 2), ("tensor", 2), ("fsdp", 2))
     got = results(config, mesh, 512)
-    expected = results(dataclasses.replace(config, attention="blockwise"), (("fsdp", 1),), 512)
+    expected = results(dataclasses.replace(CONFIG, num_layers=1), (("fsdp", 1),), 512)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), got[:2], expected[:2])
     np.testing.assert_allclose(got[2]["logprob"], expected[2]["logprob"], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7, "traced"])
+def test_ring_with_a_window_and_a_soft_cap(window):
+    """Chunks of 4 tokens: a window of 7 reaches over two of them, most pairs of chunks see nothing."""
+    L = 32
+    rng = np.random.default_rng(0)
+    q, weights = (jnp.asarray(rng.normal(size=(2, L, 4, 8)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, L, 2, 8)), jnp.float32) for _ in range(2))
+    seg = jnp.asarray(np.sort(rng.integers(0, 2, (2, L)), axis=1))
+    window = jnp.int32(7) if window == "traced" else window
+    settings = {"window": window, "soft_cap": 2.0, "scale": 0.5}
+
+    def ring(q, k, v):
+        inputs = map(context.to_head_tail, (q, k, v, seg, seg))
+        out = attention.attention(
+            *inputs, implementation="blockwise", context_parallel="ring", **settings
+        )
+        return context.from_head_tail(out)
+
+    def whole(q, k, v):
+        return attention.reference(q, k, v, seg, seg, **settings)
+
+    def with_gradients(f):
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weights * f(*x)), argnums=(0, 1, 2)))(
+            q, k, v
+        )
+
+    with sharding.layout(sharding.make_mesh({"context": 4, "fsdp": 2})):
+        got = with_gradients(ring)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        got,
+        with_gradients(whole),
+    )
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
@@ -142,6 +181,12 @@ def test_mistakes_are_named():
         ids = jnp.zeros((1, 100), jnp.int32)
         with pytest.raises(UserError, match="length 100 does not divide by 16"):
             attention.attention(q, q, q, ids, ids, implementation="blockwise")
+        short, short_ids = q[:, :96], ids[:, :96]
+        with pytest.raises(UserError, match=r"'ring': attention 'reference'.*blockwise, splash"):
+            attention.attention(
+                short, short, short, short_ids, short_ids,
+                implementation="reference", context_parallel="ring",
+            )  # fmt: skip
     with sharding.layout(sharding.make_mesh({"tensor": 8})):
         k = jnp.zeros((1, 100, 4, 8))
         with pytest.raises(

@@ -27,6 +27,7 @@ from lrjax import sharding
 from lrjax.errors import UserError
 from lrjax.models import context
 from lrjax.models.blockwise import blockwise
+from lrjax.models.ring import Part
 
 LANES = 128  # block sizes of splash are multiples of it
 MAX_BLOCK = 1024  # 2,048 is over the vector memory of a v5p
@@ -67,7 +68,7 @@ def attention(
         block: of splash: at most so many queries and keys at a time, a multiple of `LANES`. Smaller ones compute fewer
             masked pairs and start more often.
         context_parallel: one of `context.CONTEXT_PARALLEL`: how a sequence is shared where the layout splits it. With
-            "gather", queries, keys and values come in head-tail order.
+            "gather" and "ring", queries, keys and values come in head-tail order.
         window: keys that a query sees, itself among them; may be traced. None: all before it.
         soft_cap: scores are squeezed into (-soft_cap, soft_cap) by soft_cap * tanh(score / soft_cap).
         scale: of the products of queries and keys; default 1 / sqrt(H).
@@ -89,13 +90,19 @@ def attention(
     kernel = functools.partial(
         _kernel(implementation, here.platform, block), window=window, soft_cap=soft_cap, scale=scale
     )
+    if shared and context_parallel == "ring":
+        kernel = _part(implementation, here.platform, block, soft_cap, scale)
     inputs = (q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
     # XLA splits plain products by itself, over heads and over the keys of a cache; of a kernel it knows nothing.
     if not here.split or (implementation == "reference" and not shared):
         out_BLNH = kernel(*inputs)
     else:
         out_BLNH = context.split_attention(
-            kernel, *inputs, context_parallel=context_parallel, runs=implementation == "splash"
+            kernel,
+            *inputs,
+            context_parallel=context_parallel,
+            runs=implementation == "splash",
+            window=window,
         )
     return checkpoint_name(out_BLNH, "attention")
 
@@ -145,7 +152,8 @@ def choose(
     platform = sharding.current().platform
     n = context.devices_along_length()
     own_keys = L == S and isinstance(q_offset, int)
-    if L <= FEW_QUERIES or L * S <= SHORT_SCORES or (n > 1 and not own_keys):
+    ring = n > 1 and own_keys and context_parallel == "ring"
+    if (L <= FEW_QUERIES or L * S <= SHORT_SCORES or (n > 1 and not own_keys)) and not ring:
         choice = "reference"
     elif platform == "tpu" and not isinstance(window, jax.Array):
         choice = "splash"
@@ -161,6 +169,27 @@ def choose(
         choice = "blockwise"
     sharding.log_once("attention=auto: %s on %s", choice, platform)
     return choice
+
+
+def _part(implementation: str, platform: str, block: int, soft_cap, scale) -> Part:
+    """What a ring is made of: an implementation that gives its log-sum-exp."""
+    if implementation not in ("blockwise", "splash"):
+        raise UserError(
+            f"model.context_parallel 'ring': attention {implementation!r} gives no log-sum-exp to join its parts by; "
+            "allowed: blockwise, splash, or model.context_parallel=gather"
+        )
+    if implementation == "blockwise":
+        from lrjax.models import blockwise as kernels
+
+        settings = {}
+    else:
+        from lrjax.models import splash as kernels
+
+        settings = {"max_block": block, "interpret": platform == "cpu"}
+    settings |= {"soft_cap": soft_cap, "scale": scale}
+    return Part(
+        *(functools.partial(f, **settings) for f in (kernels.part_forward, kernels.part_backward))
+    )
 
 
 def _kernel(implementation: str, platform: str, block: int):

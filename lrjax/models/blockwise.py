@@ -39,29 +39,67 @@ def blockwise(
     scale=None,
 ):
     """Causal attention within segments; arguments and result as in `lrjax.models.attention.attention`."""
-    B, L, N, H = q_BLNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    bq, bk = _block_sizes(B * N, L, S)
-    # Padding belongs to segments of its own, so that nothing sees it and it sees nothing.
-    q_BLNH = _pad(q_BLNH, bq, 0)
-    q_segment_ids_BL = _pad(q_segment_ids_BL.astype(jnp.int32), bq, -1)
-    k_BSKH, v_BSKH = _pad(k_BSKH, bk, 0), _pad(v_BSKH, bk, 0)
-    k_segment_ids_BS = _pad(k_segment_ids_BS.astype(jnp.int32), bk, -2)
-    # Rows are (query, head of the group), the group innermost.
-    q_BKRH = q_BLNH.reshape(B, -1, K, G, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    out_BKRH = _blockwise(
-        q_BKRH,
-        k_BSKH.swapaxes(1, 2),
-        v_BSKH.swapaxes(1, 2),
+    inputs, static = _folded(
+        q_BLNH,
+        k_BSKH,
+        v_BSKH,
         q_segment_ids_BL,
         k_segment_ids_BS,
+        q_offset,
+        window,
+        soft_cap,
+        scale,
+    )
+    return _unfold(_blockwise(*inputs, static), q_BLNH.shape)
+
+
+def part_forward(q, k, v, q_seg, k_seg, q_offset, window, *, soft_cap=None, scale=None):
+    """Of a ring (`lrjax.models.ring.Part`): output, and log-sum-exp [B, L, N]; 0 and -1e30 where nothing is seen."""
+    inputs, static = _folded(q, k, v, q_seg, k_seg, q_offset, window, soft_cap, scale)
+    out_BKRH, lse_BKR = _attend(*inputs, static)
+    return _unfold(out_BKRH, q.shape), _unfold(lse_BKR[..., None], (*q.shape[:3], 1))[..., 0]
+
+
+def part_backward(
+    q, k, v, q_seg, k_seg, q_offset, window, out, lse_BLN, g, *, soft_cap=None, scale=None
+):
+    """Of a ring: cotangents of q, k, v."""
+    inputs, static = _folded(q, k, v, q_seg, k_seg, q_offset, window, soft_cap, scale)
+    out, lse, g = (_fold_queries(x, k.shape[2], static.bq) for x in (out, lse_BLN[..., None], g))
+    q_bar, k_bar, v_bar, *_ = _backward(static, (*inputs, out, lse[..., 0]), g)
+    S = k.shape[1]
+    return _unfold(q_bar, q.shape), k_bar.swapaxes(1, 2)[:, :S], v_bar.swapaxes(1, 2)[:, :S]
+
+
+def _folded(q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset, window, soft_cap, scale):
+    """The arguments of `_attend`, whole blocks of each, and what is fixed when it is compiled."""
+    B, L, N, H = q_BLNH.shape
+    bq, bk = _block_sizes(B * N, L, k_BSKH.shape[1])
+    # Padding belongs to segments of its own, so that nothing sees it and it sees nothing.
+    inputs = (
+        _fold_queries(q_BLNH, k_BSKH.shape[2], bq),
+        _pad(k_BSKH, bk, 0).swapaxes(1, 2),
+        _pad(v_BSKH, bk, 0).swapaxes(1, 2),
+        _pad(q_seg_BL.astype(jnp.int32), bq, -1),
+        _pad(k_seg_BS.astype(jnp.int32), bk, -2),
         jnp.asarray(q_offset, jnp.int32),
         None if window is None else jnp.asarray(window, jnp.int32),
-        _Static(bq, bk, soft_cap, 1 / math.sqrt(H) if scale is None else scale),
     )
-    out_BLKGH = out_BKRH.reshape(B, K, -1, G, H).swapaxes(1, 2)
-    return out_BLKGH.reshape(B, -1, N, H)[:, :L]
+    return inputs, _Static(bq, bk, soft_cap, 1 / math.sqrt(H) if scale is None else scale)
+
+
+def _fold_queries(x_BLNX, key_heads: int, bq: int):
+    """[B, L, N, X] -> [B, K, R, X]: rows are (query, head of the group), the group innermost."""
+    B, _, N, X = x_BLNX.shape
+    x = _pad(x_BLNX, bq, 0).reshape(B, -1, key_heads, N // key_heads, X)
+    return x.swapaxes(1, 2).reshape(B, key_heads, -1, X)
+
+
+def _unfold(x_BKRX, shape):
+    """The inverse of `_fold_queries`."""
+    B, L, N, X = shape
+    K = x_BKRX.shape[1]
+    return x_BKRX.reshape(B, K, -1, N // K, X).swapaxes(1, 2).reshape(B, -1, N, X)[:, :L]
 
 
 class _Static(NamedTuple):
@@ -79,17 +117,18 @@ def _blockwise(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, sta
 
 
 def _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static):
+    inputs = (q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window)
+    out_BKRH, lse_BKR = (checkpoint_name(x, "attention") for x in _attend(*inputs, static))
+    return out_BKRH, (*inputs, out_BKRH, lse_BKR)
+
+
+def _attend(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static):
+    """(output [B, K, R, H], log-sum-exp [B, K, R])"""
     visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
     core = functools.partial(_forward_core, static=static)
     core = jax.vmap(core, in_axes=(0, 0, 0, None, None, None, None, None))  # key heads
     core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, None, None, None))  # rows of the batch
-    out_BKRH, lse_BKR = core(
-        q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, _ranges(visible_ij)
-    )
-    out_BKRH = checkpoint_name(out_BKRH, "attention")
-    lse_BKR = checkpoint_name(lse_BKR, "attention")
-    inputs = (q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window)
-    return out_BKRH, (*inputs, out_BKRH, lse_BKR)
+    return core(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, _ranges(visible_ij))
 
 
 def _backward(static, residuals, g_BKRH):

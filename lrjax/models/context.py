@@ -7,6 +7,7 @@
   work under a causal mask, the 2n chunks of a sequence lie in head-tail order: device d holds chunks d and 2n - 1 - d.
   The model brings its inputs into this order and its outputs back (`to_head_tail`, `from_head_tail`), with
   neighbours' exchanges; nothing outside the model sees it.
+* ring: queries stay, keys and values go round (`lrjax.models.ring`): nobody holds all of them. In head-tail order too.
 * ulysses: two all-to-alls turn a part of the sequence with all heads into the whole sequence with a part of the heads
   and back (Jacobs et al. 2023). Any kernel serves, key heads have to divide, and the order stays as it is.
 """
@@ -20,8 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from lrjax import sharding
 from lrjax.errors import UserError
+from lrjax.models.ring import Part, ring
 
-CONTEXT_PARALLEL = ("gather", "ulysses")
+CONTEXT_PARALLEL = ("gather", "ring", "ulysses")
+HEAD_TAIL = ("gather", "ring")  # those that want the chunks in head-tail order
 
 AXIS = "context"
 
@@ -39,7 +42,7 @@ def length_multiple(implementation: str, context_parallel: str) -> int:
     kernels = implementation in ("splash", "triton", "cudnn")
     auto = implementation == "auto" and sharding.current().platform != "cpu"
     block = 128 if kernels or auto else 1
-    return n * block * (2 if context_parallel == "gather" else 1)
+    return n * block * (2 if context_parallel in HEAD_TAIL else 1)
 
 
 def check_length(length: int, implementation: str, context_parallel: str) -> None:
@@ -59,16 +62,27 @@ def check_length(length: int, implementation: str, context_parallel: str) -> Non
 
 
 def split_attention(
-    kernel, q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset=0, *, context_parallel, runs
+    kernel,
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_seg_BL,
+    k_seg_BS,
+    q_offset=0,
+    *,
+    context_parallel,
+    runs,
+    window=None,
 ):
     """Runs `kernel(q, k, v, q_seg, k_seg, q_offset)` on every device's part.
 
     Args:
-        kernel: an implementation of `lrjax.models.attention`, its keywords bound.
+        kernel: an implementation of `lrjax.models.attention`, its keywords bound; for a ring, its `Part`.
         q_offset: as there; 0 where the sequence is split.
         context_parallel: one of `CONTEXT_PARALLEL`.
         runs: whether the kernel takes `q_index_L`, any index for every query. One that does not is called for each
             of a device's two chunks.
+        window: of a ring; kernels have theirs bound.
     """
     here = sharding.current()
     n, tensor = here.size("length"), here.size("heads")
@@ -82,7 +96,7 @@ def split_attention(
     if length and n > 1 and context_parallel == "ulysses" and (K // tensor) % n:
         raise UserError(
             f"model.context_parallel 'ulysses': config.mesh.context {n} does not divide the {K // tensor} key heads "
-            "of a device; allowed: gather"
+            "of a device; allowed: gather, ring"
         )
     q_spec = here.spec(("batch", length, "heads", None), q_BLNH.shape)
     k_spec = here.spec(("batch", length, "kv_heads", None), k_BSKH.shape)
@@ -90,6 +104,8 @@ def split_attention(
     k_seg_spec = here.spec(("batch", length), k_seg_BS.shape)
 
     def local(q, k, v, q_seg, k_seg, q_offset):
+        if isinstance(kernel, Part):
+            return ring(kernel, AXIS, n, q, k, v, q_seg, window)
         if not length or n == 1:
             return kernel(q, k, v, q_seg, k_seg, q_offset)
         if context_parallel == "ulysses":

@@ -222,7 +222,7 @@ class Llama(nn.Module):
                 jnp.pad(a, ((0, 0), (0, padding))) for a in (tokens_BL, segment_ids_BL)
             )
             angles = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, padding), (0, 0))), angles)
-            head_tail = c.context_parallel == "gather"
+            head_tail = c.context_parallel in context.HEAD_TAIL
         if head_tail:
             tokens_BL, segment_ids_BL, angles = jax.tree.map(
                 context.to_head_tail, (tokens_BL, segment_ids_BL, angles)

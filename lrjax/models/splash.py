@@ -47,47 +47,104 @@ def splash(
     Raises:
         UserError: a window that differs between layers (a traced one): the kernel's mask is fixed.
     """
+    if q_index_L is None:
+        q_index_L = q_offset + jnp.arange(q_BLNH.shape[1], dtype=jnp.int32)
+    inputs, kernel_of = _prepared(
+        q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_index_L, window, soft_cap, scale,
+        max_block, interpret,
+    )  # fmt: skip
+    kernel = kernel_of(save_residuals=False, residual_checkpoint_name="attention")
+    out_BNLH = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(*inputs)
+    return out_BNLH.swapaxes(1, 2)[:, : q_BLNH.shape[1]]
+
+
+def part_forward(q, k, v, q_seg, k_seg, q_offset, window, **settings):
+    """Of a ring (`lrjax.models.ring.Part`): output, NaN for a query that sees nothing, and log-sum-exp [B, L, N]."""
+    L = q.shape[1]
+    inputs, kernel_of = _prepared(
+        q, k, v, q_seg, k_seg, q_offset + jnp.arange(L), window, **settings
+    )
+    kernel = kernel_of(save_residuals=True, residual_checkpoint_name=None)
+    out_BNLH, (lse_BNL,) = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(*inputs)
+    return out_BNLH.swapaxes(1, 2)[:, :L], lse_BNL.swapaxes(1, 2)[:, :L]
+
+
+def part_backward(q, k, v, q_seg, k_seg, q_offset, window, out, lse_BLN, g, **settings):
+    """Of a ring: cotangents of q, k, v.
+
+    The library's own backward pass, called with output and log-sum-exp of all keys in place of those of these keys; it
+    has no public name for it.
+    """
+    L, S = q.shape[1], k.shape[1]
+    inputs, kernel_of = _prepared(
+        q, k, v, q_seg, k_seg, q_offset + jnp.arange(L), window, **settings
+    )
+    kernel = kernel_of(save_residuals=False, residual_checkpoint_name=None)
+    padded = inputs[0].shape[2]
+    out, g = (_pad_to(x, padded).swapaxes(1, 2) for x in (out, g))
+    # Rows of padding see nothing, and exp(anything - inf) is 0.
+    lse_BNL = _pad_to(lse_BLN, padded, jnp.inf).swapaxes(1, 2)
+
+    def backward(q, k, v, ids, out, lse, g):
+        residuals = (q, k, v, ids, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        cotangents = kernel_lib._splash_attention_bwd(**kernel.kwargs, res=residuals, do=g)
+        return cotangents[3:6]
+
+    q_bar, k_bar, v_bar = jax.vmap(backward)(*inputs, out, lse_BNL, g.astype(q.dtype))
+    q_bar = q_bar * _scale_of(q, settings["scale"])
+    return (x.swapaxes(1, 2)[:, :length] for x, length in ((q_bar, L), (k_bar, S), (v_bar, S)))
+
+
+def _prepared(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_seg_BL,
+    k_seg_BS,
+    q_index_L,
+    window,
+    soft_cap,
+    scale,
+    max_block,
+    interpret,
+):
+    """(q, k, v, segment ids) in whole blocks, heads first, and a function that makes the kernel for them."""
     if isinstance(window, jax.Array):
         raise UserError(
             "model.attention 'splash': its window is fixed when it is compiled, and this model's layers have "
             "different ones; allowed: blockwise"
         )
-    L, H = q_BLNH.shape[1], q_BLNH.shape[-1]
-    S = k_BSKH.shape[1]
-    bq, bk = block_size(L, max_block), block_size(S, max_block)
-    if q_index_L is None:
-        q_index_L = q_offset + jnp.arange(L, dtype=jnp.int32)
+    bq, bk = block_size(q_BLNH.shape[1], max_block), block_size(k_BSKH.shape[1], max_block)
     q_index_L = _pad(q_index_L.astype(jnp.int32), bq, 0, "edge")
-    # Padding belongs to segments of its own. What a query of padding attends to is cut off below.
-    q_segment_ids_BL = _pad(q_segment_ids_BL.astype(jnp.int32), bq, 1, -1)
-    k_segment_ids_BS = _pad(k_segment_ids_BS.astype(jnp.int32), bk, 1, -2)
-    q_BNLH = _pad(q_BLNH * (H**-0.5 if scale is None else scale), bq, 1).swapaxes(1, 2)
+    # Padding belongs to segments of its own. What a query of padding attends to is cut off.
+    segment_ids = kernel_lib.SegmentIds(
+        _pad(q_seg_BL.astype(jnp.int32), bq, 1, -1), _pad(k_seg_BS.astype(jnp.int32), bk, 1, -2)
+    )
+    q_BNLH = _pad(q_BLNH * _scale_of(q_BLNH, scale), bq, 1).swapaxes(1, 2)
     k_BKSH, v_BKSH = (_pad(x, bk, 1).swapaxes(1, 2) for x in (k_BSKH, v_BSKH))
-
     state_ij = block_states(q_index_L, k_BKSH.shape[2], bq, bk, window)
-    forward = _mask_info(state_ij, q_index_L, by_keys=False)
+    by_queries = _mask_info(state_ij, q_index_L, by_keys=False)
     sizes = kernel_lib.BlockSizes(
         block_q=bq, block_kv=bk, block_kv_compute=bk, block_q_dkv=bq, block_kv_dkv=bk,
         block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk,
     )  # fmt: skip
-    kernel = kernel_lib.SplashAttentionKernel(
-        forward,
-        forward,
+    kernel_of = functools.partial(
+        kernel_lib.SplashAttentionKernel,
+        by_queries,
+        by_queries,
         _mask_info(state_ij, q_index_L, by_keys=True),
         block_sizes=sizes,
         is_mqa=False,
-        save_residuals=False,
         mask_value=kernel_lib.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name="attention",
         mask_function=_mask_function(window),
         interpret=interpret,
     )
-    segment_ids = kernel_lib.SegmentIds(q_segment_ids_BL, k_segment_ids_BS)
-    out_BNLH = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(
-        q_BNLH, k_BKSH, v_BKSH, segment_ids
-    )
-    return out_BNLH.swapaxes(1, 2)[:, :L]
+    return (q_BNLH, k_BKSH, v_BKSH, segment_ids), kernel_of
+
+
+def _scale_of(q_BLNH, scale):
+    return q_BLNH.shape[-1] ** -0.5 if scale is None else scale
 
 
 def block_size(length: int, max_block: int = MAX_BLOCK) -> int:
@@ -150,3 +207,8 @@ def _pad(x, multiple, axis, value=0):
     if value == "edge":
         return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
+
+
+def _pad_to(x_BLN, length: int, value=0):
+    widths = [(0, 0), (0, length - x_BLN.shape[1])] + [(0, 0)] * (x_BLN.ndim - 2)
+    return jnp.pad(x_BLN, widths, constant_values=value)

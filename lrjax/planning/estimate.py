@@ -5,6 +5,7 @@ traffic at its bandwidth, and bytes over the slowest mesh axis at that of two li
 usual.
 """
 
+from lrjax.models.blockwise import KEY_BLOCK
 from lrjax.models.flops import forward_flops, matmul_parameters
 from lrjax.models.splash import block_size
 from lrjax.planning.chips import Chip
@@ -23,7 +24,7 @@ def flops(program, implementation: str, *, train: bool) -> dict:
     causal = passes * forward_flops(c, B, L)
     pairs = 4 * c.num_layers * c.num_heads * c.head_dim
     square = causal + passes * B * pairs * (L * L - L * (L + 1) // 2)
-    block = min(256, L)
+    block = min(KEY_BLOCK, L)
     if implementation in ("splash", "triton"):
         block = block_size(L, c.attention_block)
     blocks = (block, block) if implementation != "reference" else (L, L)
