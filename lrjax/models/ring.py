@@ -61,8 +61,8 @@ def _round_of_outputs(part, axis, n, q, k, v, seg, window):
     qs, segs = _chunks(q), _chunks(seg)
     half = qs[0].shape[1]
 
-    def step(carry, s):
-        found, held = carry
+    def step(carry):
+        s, found, held = carry
         passed_on = _pass_on(held, axis, n)
         ks, vs, k_segs = held
         for a, b, offset in _pairs(axis, n, s, half):
@@ -73,11 +73,12 @@ def _round_of_outputs(part, axis, n, q, k, v, seg, window):
 
             joined = lax.cond(_sees(offset, half, window), attended, lambda one=found[a]: one)
             found = tuple(joined if index == a else one for index, one in enumerate(found))
-        return (found, passed_on), None
+        return s + 1, found, passed_on
 
     nothing = jnp.zeros(qs[0].shape, jnp.float32), jnp.full(qs[0].shape[:3], _LOW)
-    start = (nothing, nothing), (_chunks(k), _chunks(v), segs)
-    (found, _), _ = lax.scan(step, start, jnp.arange(n))
+    start = jnp.int32(0), (nothing, nothing), (_chunks(k), _chunks(v), segs)
+    # No scan: under remat JAX would keep what every step of a scan finds.
+    _, found, _ = lax.while_loop(lambda carry: carry[0] < n, step, start)
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
     return out.astype(q.dtype), lse
 
