@@ -2,10 +2,11 @@
 
     python -m benchmarks.scaling --picture=docs/pictures/scaling.png [--times=1] [--out=scaling.json]
 
-A model of 0.2B parameters (AdamW, float32 state, full remat). Two series: sixteen sequences of 4,096 tokens split over
-`fsdp`, and one of 65,536 split over `context`. FLOPs are those of the program, loops included, over the devices;
-memory is the compiler's: what a device keeps (parameters, moments, batch) and what it needs besides. Nothing is run.
-`--times=4` has four times the sequences, and one of four times the length: what does not fall weighs less then.
+A model of 0.2B parameters (AdamW, float32 state, full remat). Three series: sixteen sequences of 4,096 tokens split
+over `fsdp`, and one of 65,536 split over `context`, where every device gathers all keys and values, or as a ring.
+FLOPs are those of the program, loops included, over the devices; memory is the compiler's: what a device keeps
+(parameters, moments, batch) and what it needs besides. Nothing is run. `--times=4` has four times the sequences, and
+one of four times the length: what does not fall weighs less then.
 """
 
 import argparse
@@ -18,15 +19,19 @@ SHAPE = {
     "vocab_size": 32768, "num_layers": 8, "embed_dim": 1024, "num_heads": 16, "num_kv_heads": 4, "head_dim": 64,
     "mlp_dim": 4096,
 }  # fmt: skip
-SERIES = {"fsdp": (16, 4096), "context": (1, 65536)}  # sequences, tokens of each
+SERIES = {  # mesh axis, sequences, tokens of each, how a sequence is shared
+    "fsdp": ("fsdp", 16, 4096, "gather"),
+    "context": ("context", 1, 65536, "gather"),
+    "context, ring": ("context", 1, 65536, "ring"),
+}
 
 
-def series(axis: str, times: int) -> tuple[int, int]:
-    batch, length = SERIES[axis]
+def size(name: str, times: int) -> tuple[int, int]:
+    _, batch, length, _ = SERIES[name]
     return (batch * times, length) if batch > 1 else (batch, length * times)
 
 
-def measure(axis: str, devices: int, times: int) -> dict[str, float]:
+def measure(name: str, devices: int, times: int) -> dict[str, float]:
     """FLOPs and bytes of a device."""
     import jax
 
@@ -34,9 +39,12 @@ def measure(axis: str, devices: int, times: int) -> dict[str, float]:
     from lrjax import sharding
     from lrjax.planning import estimate, steps
 
-    batch, length = series(axis, times)
+    axis, *_, context_parallel = SERIES[name]
+    batch, length = size(name, times)
     config = config_lib.default()
-    config.model.update(shape=SHAPE, remat="full", attention="blockwise")
+    config.model.update(
+        shape=SHAPE, remat="full", attention="blockwise", context_parallel=context_parallel
+    )
     config.window, config.target_length, config.train_length = 4096, length, length
     config.extend.update(global_batch_size=batch)
     config.mesh.update(**{"fsdp": 1, "context": 1, axis: devices})
@@ -59,7 +67,9 @@ def draw(found: dict, path: pathlib.Path, times: int) -> None:
     from matplotlib import pyplot
 
     labels = {"flops": "FLOPs", "kept_bytes": "memory kept", "temporary_bytes": "memory besides"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(12, 3.6), sharey=True, layout="constrained"
+    )
     for axis, (name, points) in zip(axes, found.items(), strict=True):
         for (quantity, label), marker in zip(labels.items(), "osv", strict=True):
             share = [point[quantity] / points["1"][quantity] for point in points.values()]
@@ -67,7 +77,7 @@ def draw(found: dict, path: pathlib.Path, times: int) -> None:
         axis.loglog(
             DEVICES, [1 / n for n in DEVICES], "--", color="grey", label="1 / devices", base=2
         )
-        batch, length = series(name, times)
+        batch, length = size(name, times)
         axis.set_title(f"{batch} x {length:,} tokens over {name}")
         axis.set_xticks(DEVICES, DEVICES)
         axis.set_xlabel("devices")
@@ -84,15 +94,15 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(DEVICES)}"
-    found = {axis: {str(n): measure(axis, n, args.times) for n in DEVICES} for axis in SERIES}
-    for axis, points in found.items():
+    found = {name: {str(n): measure(name, n, args.times) for n in DEVICES} for name in SERIES}
+    for name, points in found.items():
         print(
-            f"over {axis:8} {'TFLOP':>9} {'kept GB':>9} {'besides GB':>11}   times the devices, of one alone"
+            f"over {name:13} {'TFLOP':>9} {'kept GB':>9} {'besides GB':>11}   times the devices, of one alone"
         )
         for n, point in points.items():
             of_one = " ".join(f"{point[q] * int(n) / points['1'][q]:.2f}" for q in point)
             print(
-                f"{n:>13} {point['flops'] / 1e12:9.2f} {point['kept_bytes'] / 1e9:9.3f} "
+                f"{n:>18} {point['flops'] / 1e12:9.2f} {point['kept_bytes'] / 1e9:9.3f} "
                 f"{point['temporary_bytes'] / 1e9:11.3f}   {of_one}"
             )
     if args.out:

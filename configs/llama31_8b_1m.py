@@ -30,6 +30,7 @@ def get_config(variant: str = ""):
     }
     # RoPE base: the paper's rule, 30.4M, below the base's own llama3 scaling, which stays.
     config.window, config.target_length, config.train_length = 131072, 1048576, 314572
+    config.model.context_parallel = "ring"  # the keys and values of a layer are 4 GiB
     if variant:
         raise UserError(f"configs/llama31_8b_1m.py: variant {variant!r}; allowed: none")
     return config.lock()
