@@ -111,7 +111,7 @@ def default() -> ConfigDict:
             "remat": "none",  # models.llama.REMAT_POLICIES
             "attention": "auto",  # models.attention.IMPLEMENTATIONS
             "attention_block": 1024,  # of splash: queries and keys at a time, a multiple of 128
-            "context_parallel": "gather",  # gather | ulysses: how devices share a sequence (models/context.py)
+            "context_parallel": "gather",  # gather | ring | ulysses: how devices share a sequence (models/context.py)
             "shape": ConfigDict(),
         }
     )
