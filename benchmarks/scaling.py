@@ -7,6 +7,9 @@ over `fsdp`, and one of 65,536 split over `context`, where every device gathers 
 FLOPs are those of the program, loops included, over the devices; memory is the compiler's: what a device keeps
 (parameters, moments, batch) and what it needs besides. Nothing is run. `--times=4` has four times the sequences, and
 one of four times the length: what does not fall weighs less then.
+
+One thing differs from a run on CPUs: there one device alone makes a weight's gradient of a transpose in bfloat16,
+which under a split would gather all tokens (`linear.outer_sum`). Here it makes it as several devices do, and TPUs.
 """
 
 import argparse
@@ -37,7 +40,10 @@ def measure(name: str, devices: int, times: int) -> dict[str, float]:
 
     from lrjax import config as config_lib
     from lrjax import sharding
+    from lrjax.models import linear
     from lrjax.planning import estimate, steps
+
+    linear.outer_sum = lambda x_TI, g_TO: linear.contract(x_TI, g_TO, ((0,), (0,)))
 
     axis, *_, context_parallel = SERIES[name]
     batch, length = size(name, times)

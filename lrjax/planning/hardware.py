@@ -54,13 +54,4 @@ def devices(topology: str) -> list:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **_host_bounds(chip.name, shape)
-    )
-    return list(described.devices)
-
-
-def _host_bounds(chip: str, shape: str) -> dict:
-    """One host of a small v5e or v6e slice has fewer chips than the usual 2 x 2."""
-    del chip, shape
-    return {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
