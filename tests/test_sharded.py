@@ -142,6 +142,26 @@ def test_ring_with_a_window_and_a_soft_cap(window):
     )
 
 
+def test_a_ring_takes_less_memory_than_gathering():
+    """Under remat, JAX could keep what every step of a round finds: more than all keys and values."""
+
+    def temporary(context_parallel):
+        config = dataclasses.replace(CONFIG, context_parallel=context_parallel, num_kv_heads=8)
+        mesh = sharding.make_mesh({"context": 8})
+        with sharding.layout(mesh):
+            params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+            def loss(params, tokens):
+                x_BLD = Llama(config).apply({"params": params}, tokens)
+                return jnp.sum(jnp.square(x_BLD))
+
+            tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+            compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary("ring") < 0.4 * temporary("gather")
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_head_tail_order_and_back(n):
     mesh = sharding.make_mesh({"context": n, "fsdp": 1})
