@@ -181,9 +181,13 @@ def summarise(results: dict[str, dict], length: int) -> dict[str, float]:
             for n, r in results.items()
             if n.startswith(prefix) and "error" not in r
         ]
-        return min(times, default=float("nan"))
+        return min(times, default=None)
 
-    ratios = {f"lrjax / {peer}": best(peer) / best("lrjax") for peer in ("torch", "flax")}
+    ratios = {
+        f"lrjax / {peer}": best(peer) / best("lrjax")
+        for peer in ("torch", "flax")
+        if best(peer) and best("lrjax")  # both were run
+    }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}x (best step of each)")
     return ratios

@@ -157,13 +157,14 @@ def main() -> None:
             for theirs, ours in zip(answer["logprobs"], expected[cell], strict=True)
         ]
         print(*cell, results[cell], flush=True)
-    tokens = found[SMOLLM2].get("tokens", [])
-    same = sum(a == b for a, b in zip(tokens, continuations, strict=False))
-    smollm2 = (
-        f"{SMOLLM2}: {same} of {len(continuations)} continuations of {NEW} tokens are identical."
-    )
+    if error := found[SMOLLM2].get("error"):
+        smollm2 = f"{SMOLLM2}: not served: {error}"
+    else:
+        pairs = zip(found[SMOLLM2]["tokens"], continuations, strict=True)
+        same = sum(a == b for a, b in pairs)
+        smollm2 = f"{SMOLLM2}: {same} of {len(continuations)} continuations of {NEW} tokens are identical."
     text = f"{table(results)}\n\n{smollm2}"
-    print(text, found[SMOLLM2].get("error", ""))
+    print(text)
     if flags.out is not None:
         flags.out.write_text(parity.replaced(flags.out.read_text(), BEGIN, END, text))
     wrong = [
