@@ -172,7 +172,7 @@ def main() -> None:
         for cell, row in results.items()
         if cell[1] not in NOT_SERVED and (isinstance(row, str) or not _close(cell[1], row))
     ]
-    sys.exit(bool(wrong) or same != len(continuations))
+    sys.exit(bool(wrong) or bool(error) or same != len(continuations))
 
 
 if __name__ == "__main__":
