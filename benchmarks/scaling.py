@@ -4,9 +4,9 @@
 
 A model of 0.2B parameters (AdamW, float32 state, full remat). Three series: sixteen sequences of 4,096 tokens split
 over `fsdp`, and one of 65,536 split over `context`, where every device gathers all keys and values, or as a ring.
-FLOPs are those of the program, loops included, over the devices; memory is the compiler's: what a device keeps
-(parameters, moments, batch) and what it needs besides. Nothing is run. `--times=4` has four times the sequences, and
-one of four times the length: what does not fall weighs less then.
+FLOPs are those of the program, loops included (attention's in closed form), over the devices; memory is the compiler's:
+what a device keeps (parameters, moments, batch) and what it needs besides. Nothing is run. `--times=4` has four times
+the sequences, and one of four times the length: what does not fall weighs less then.
 
 One thing differs from a run on CPUs: there one device alone makes a weight's gradient of a transpose in bfloat16,
 which under a split would gather all tokens (`linear.outer_sum`). Here it makes it as several devices do, and TPUs.

@@ -140,7 +140,8 @@ def analyse(config, workdir):
     logging.info("analyse: anchor classes: %s", ", ".join(analysis["anchors"]) or "none")
     for row in analysis["classes"]:
         over = row["lift"] > config.analyse.min_lift and row["interval"][0] > 1
-        if over and not row["anchor"] and row["sentences"] > impact.EVERYWHERE:
+        content = row["name"] not in impact.NO_CONTENT
+        if over and content and not row["anchor"]:
             logging.info(
                 "analyse: '%s' is over-represented too (lift %.2f), but %.0f %% of the sentences hold one: no anchor",
                 row["name"], row["lift"], 100 * row["sentences"],

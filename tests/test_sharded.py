@@ -71,7 +71,7 @@ def results(config, mesh_items, length):
     [
         ({"fsdp": 2, "context": 2, "data": 2}, {}, 32),
         ({"context": 4, "tensor": 2}, {}, 30),  # padded to 32
-        ({"context": 4, "tensor": 2}, {"context_parallel": "ring"}, 30),
+        ({"context": 4, "tensor": 2}, {"context_parallel": "ring", "attention": "auto"}, 30),
         ({"context": 2, "tensor": 2, "fsdp": 2}, {"context_parallel": "ulysses"}, 32),
         ({"tensor": 4, "fsdp": 2}, {}, 32),
     ],
@@ -94,15 +94,16 @@ def test_sharded_is_single_device(mesh, changes, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context_parallel", ["gather", "ring"])
-def test_splash_under_context_parallelism_is_single_device(context_parallel):
+@pytest.mark.parametrize(
+    ("context_parallel", "window"), [("gather", None), ("ring", None), ("ring", 150)]
+)
+def test_splash_under_context_parallelism_is_single_device(context_parallel, window):
     """Interpreted; two runs of queries on a device, and blocks of 128."""
-    config = dataclasses.replace(
-        CONFIG, attention="splash", num_layers=1, context_parallel=context_parallel
-    )
+    base = dataclasses.replace(CONFIG, num_layers=1, sliding_window=window)
+    config = dataclasses.replace(base, attention="splash", context_parallel=context_parallel)
     mesh = (("context", 2), ("tensor", 2), ("fsdp", 2))
     got = results(config, mesh, 512)
-    expected = results(dataclasses.replace(CONFIG, num_layers=1), (("fsdp", 1),), 512)
+    expected = results(base, (("fsdp", 1),), 512)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), got[:2], expected[:2])
     np.testing.assert_allclose(got[2]["logprob"], expected[2]["logprob"], atol=1e-5)
 
@@ -115,23 +116,23 @@ def test_ring_with_a_window_and_a_soft_cap(window):
     q, weights = (jnp.asarray(rng.normal(size=(2, L, 4, 8)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, L, 2, 8)), jnp.float32) for _ in range(2))
     seg = jnp.asarray(np.sort(rng.integers(0, 2, (2, L)), axis=1))
-    window = jnp.int32(7) if window == "traced" else window
-    settings = {"window": window, "soft_cap": 2.0, "scale": 0.5}
+    settings = {"soft_cap": 2.0, "scale": 0.5}
 
-    def ring(q, k, v):
+    def ring(q, k, v, window):
         inputs = map(context.to_head_tail, (q, k, v, seg, seg))
         out = attention.attention(
-            *inputs, implementation="blockwise", context_parallel="ring", **settings
+            *inputs, implementation="blockwise", context_parallel="ring", window=window, **settings
         )
         return context.from_head_tail(out)
 
-    def whole(q, k, v):
-        return attention.reference(q, k, v, seg, seg, **settings)
+    def whole(q, k, v, window):
+        return attention.reference(q, k, v, seg, seg, window=window, **settings)
 
     def with_gradients(f):
-        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weights * f(*x)), argnums=(0, 1, 2)))(
-            q, k, v
-        )
+        def loss(q, k, v, traced):
+            return jnp.sum(weights * f(q, k, v, traced if window == "traced" else window))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v, jnp.int32(7))
 
     with sharding.layout(sharding.make_mesh({"context": 4, "fsdp": 2})):
         got = with_gradients(ring)

@@ -176,7 +176,7 @@ def _part(implementation: str, platform: str, block: int, soft_cap, scale) -> Pa
     if implementation not in ("blockwise", "splash"):
         raise UserError(
             f"model.context_parallel 'ring': attention {implementation!r} gives no log-sum-exp to join its parts by; "
-            "allowed: blockwise, splash, or model.context_parallel=gather"
+            "allowed: auto, blockwise, splash, or another model.context_parallel"
         )
     if implementation == "blockwise":
         from lrjax.models import blockwise as kernels

@@ -1,10 +1,10 @@
 """Causal attention block by block: memory linear in the length, its own backward pass, any platform.
 
-Queries and keys come in blocks (`_block_sizes`). The softmax is accumulated
-online over the key blocks (Milakov & Gimelshein 2018; Dao et al. 2022), the backward pass computes the weights
-again from the saved log-sum-exp. A pair of blocks is visited only if the causal order and the segment ids let
-anything be seen in it. The G query heads that share a key head are folded into the rows of one product,
-[G * queries, H] x [H, keys], and all products have their operands in the compute dtype, their sums in float32.
+Queries and keys come in blocks (`_block_sizes`). The softmax is accumulated online over the key blocks (Milakov &
+Gimelshein 2018; Dao et al. 2022), the backward pass computes the weights again from the saved log-sum-exp. A pair of
+blocks is visited only if the causal order and the segment ids let anything be seen in it. The G query heads that share
+a key head are folded into the rows of one product, [G * queries, H] x [H, keys], and all products have their operands
+in the compute dtype, their sums in float32.
 
 The core below treats one row of the batch and one key head; `jax.vmap` maps it over both, so that a batch or
 heads that are split over devices stay split.
@@ -296,12 +296,12 @@ def _block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
     blocks of one length about even, so that little is padded."""
     bk = _even(keys, KEY_BLOCK)
     low, high = QUERY_BLOCKS
-    return _even(queries, min(max(BLOCK_SCORES // (heads * bk), low), high)), bk
+    return _even(queries, min(max(BLOCK_SCORES // (heads * bk) // 16 * 16, low), high)), bk
 
 
 def _even(length: int, largest: int) -> int:
-    """The length of the fewest blocks of at most `largest` that hold `length`, of several a multiple of 16 if that
-    fits: a CPU's matrix units take 16 rows."""
+    """The length of the fewest blocks of at most `largest` that hold `length`, of several a multiple of 16: a CPU's
+    matrix units take 16 rows."""
     blocks = -(-length // largest)
     return length if blocks == 1 else min(largest, -(-length // (16 * blocks)) * 16)
 

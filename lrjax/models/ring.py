@@ -41,20 +41,26 @@ def ring(part: Part, axis: str, n: int, q, k, v, seg, window=None):
         window: keys that a query sees, itself among them; None: all before it.
     """
 
-    @jax.custom_vjp
-    def attend(q, k, v, seg, window):
-        return forward(q, k, v, seg, window)[0]
+    # A kernel's mask may be made of a fixed window, which as an argument of `attend` would arrive traced.
+    fixed = None if isinstance(window, jax.Array) else window
 
-    def forward(q, k, v, seg, window):
+    @jax.custom_vjp
+    def attend(q, k, v, seg, traced):
+        return forward(q, k, v, seg, traced)[0]
+
+    def forward(q, k, v, seg, traced):
+        window = fixed if traced is None else traced
         out, lse = _round_of_outputs(part, axis, n, q, k, v, seg, window)
         out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-        return out, (q, k, v, seg, window, out, lse)
+        return out, (q, k, v, seg, traced, out, lse)
 
     def backward(residuals, g):
-        return *_round_of_gradients(part, axis, n, *residuals, g), None, None
+        q, k, v, seg, traced, out, lse = residuals
+        window = fixed if traced is None else traced
+        return *_round_of_gradients(part, axis, n, q, k, v, seg, window, out, lse, g), None, None
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v, seg, window)
+    return attend(q, k, v, seg, window if fixed is None else None)
 
 
 def _round_of_outputs(part, axis, n, q, k, v, seg, window):
@@ -140,6 +146,7 @@ def _chunks(x):
     return x[:, :half], x[:, half:]
 
 
+# Once more than is needed in a round: the last one brings all home, and every step is the same.
 def _pass_on(x, axis, n):
     return lax.ppermute(x, axis, [(d, (d + 1) % n) for d in range(n)])
 
@@ -148,9 +155,10 @@ def _pairs(axis, n, step, half):
     """(chunk of queries, chunk of keys, index of the first query among the keys) of what meets at a step."""
     here = lax.axis_index(axis)
     there = (here - step) % n
-    for a, q_chunk in enumerate((here, 2 * n - 1 - here)):
-        for b, k_chunk in enumerate((there, 2 * n - 1 - there)):
-            yield a, b, (q_chunk - k_chunk) * half
+    q_chunks, k_chunks = (here, 2 * n - 1 - here), (there, 2 * n - 1 - there)
+    # The queries of a head come before the keys of every tail.
+    for a, b in ((0, 0), (1, 0), (1, 1)):
+        yield a, b, (q_chunks[a] - k_chunks[b]) * half
 
 
 def _sees(offset, half, window):

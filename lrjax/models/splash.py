@@ -92,7 +92,8 @@ def part_backward(q, k, v, q_seg, k_seg, q_offset, window, out, lse_BLN, g, **se
 
     q_bar, k_bar, v_bar = jax.vmap(backward)(*inputs, out, lse_BNL, g.astype(q.dtype))
     q_bar = q_bar * _scale_of(q, settings["scale"])
-    return (x.swapaxes(1, 2)[:, :length] for x, length in ((q_bar, L), (k_bar, S), (v_bar, S)))
+    bars = ((q_bar, L), (k_bar, S), (v_bar, S))
+    return tuple(x.swapaxes(1, 2)[:, :length] for x, length in bars)
 
 
 def _prepared(

@@ -6,6 +6,7 @@ usual.
 """
 
 from lrjax.models.blockwise import KEY_BLOCK
+from lrjax.models.context import devices_along_length
 from lrjax.models.flops import forward_flops, matmul_parameters
 from lrjax.models.splash import block_size
 from lrjax.planning.chips import Chip
@@ -24,9 +25,12 @@ def flops(program, implementation: str, *, train: bool) -> dict:
     causal = passes * forward_flops(c, B, L)
     pairs = 4 * c.num_layers * c.num_heads * c.head_dim
     square = causal + passes * B * pairs * (L * L - L * (L + 1) // 2)
-    block = min(KEY_BLOCK, L)
+    # A ring's kernels get a chunk at a time.
+    devices = devices_along_length()
+    chunk = L // (2 * devices) if c.context_parallel == "ring" and devices > 1 else L
+    block = min(KEY_BLOCK, chunk)
     if implementation in ("splash", "triton"):
-        block = block_size(L, c.attention_block)
+        block = block_size(chunk, c.attention_block)
     blocks = (block, block) if implementation != "reference" else (L, L)
     executed = dot_flops(program.traced.jaxpr.jaxpr)
     if implementation != "reference":  # whose products the jaxpr has
