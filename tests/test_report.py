@@ -111,7 +111,7 @@ def content():
             "classes": [
                 {
                     "name": "number", "share_all": 0.1, "share_top": 0.4, "lift": 4.0,
-                    "interval": [3.5, 4.5], "anchor": True,
+                    "interval": [3.5, 4.5], "anchor": True, "sentences": 0.258,
                 },
                 {
                     "name": "word", "share_all": 0.9, "share_top": 0.6, "lift": 0.67,
@@ -217,6 +217,16 @@ def test_tokens_carry_shade_and_number(tmp_path, content):
     assert shown[2]["css"] == f"p{tables.LEVELS} top mark"
     assert shown[2]["tip"] == "+4.00 · number · top · known answer"
     assert shown[1]["css"].startswith("n") and shown[3]["css"] == ""
+
+
+def test_classes_say_how_many_sentences_hold_them(tmp_path, content):
+    """Where the analysis has counted them: runs from before it did have a dash."""
+    html = write_report(make_workdir(tmp_path), content).read_text()
+    number, word = (
+        html.split(f"<tr><th>{name}</th>")[1].split("</tr>")[0] for name in ("number", "word")
+    )
+    assert "<td>26</td>" in number and ">yes<" in number
+    assert number.count("<td>") == word.count("<td>") and word.count("<td>-</td>") == 2
 
 
 def test_long_documents_are_cut_and_the_page_says_so(tmp_path, content):

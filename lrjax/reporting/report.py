@@ -59,7 +59,8 @@ def write_report(workdir, content: Mapping) -> pathlib.Path:
             "short": {checkpoint: {source: {"nll", "interval": [low, high] or None}}}: losses in the window of
                 the base, which show what was forgotten.
             "positions": {transform: [int array [L], ...]}: samples to draw.
-            "impact": {"classes": [{"name", "share_all", "share_top", "lift", "interval", "anchor"}], "documents":
+            "impact": {"classes": [{"name", "share_all", "share_top", "lift", "interval", "anchor"}], and of a class
+                perhaps "sentences", the share of the sentences that hold it; "documents":
                 [{"id", "tokens": texts [L], "scores": [L] (None or NaN: not predicted), "top": bools [L],
                 "classes": names [L], "marks": bools [L], "separator": text between tokens}]}; in a document
                 only tokens and scores are needed.
