@@ -303,8 +303,8 @@ def sentence_shares(class_rows, segment_rows, names: Sequence[str]) -> Float[np.
 def anchor_classes(lifts: Sequence[ClassLift], min_lift: float = 1.2) -> list[str]:
     """The classes whose lift is above `min_lift` and whose interval is above 1; [] if the change is flat.
 
-    Those of `NO_CONTENT` are never anchors: they are no content of a sentence. Those that are `EVERYWHERE` are anchors
-    only where all are: beside them no other class would decide which sentences stay.
+    Those of `NO_CONTENT` are never anchors: they are no content of a sentence. Those in more than
+    `EVERYWHERE` of the sentences are anchors only if no other class is: beside another, they would keep every sentence.
     """
     found = [
         lift
