@@ -6,8 +6,7 @@ blocks is visited only if the causal order and the segment ids let anything be s
 a key head are folded into the rows of one product, [G * queries, H] x [H, keys], and all products have their operands
 in the compute dtype, their sums in float32.
 
-The core below treats one row of the batch and one key head; `jax.vmap` maps it over both, so that a batch or
-heads that are split over devices stay split.
+The core below treats one row of the batch and one key head; `_over_heads_and_rows` maps it over both.
 """
 
 import functools
@@ -18,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from lrjax.models.exponential import exp_to_one
+from lrjax.sharding import current
 
 KEY_BLOCK = 512  # at most
 QUERY_BLOCKS = (32, 512)  # smallest, largest
@@ -125,36 +127,38 @@ def _forward(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, stati
 def _attend(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static):
     """(output [B, K, R, H], log-sum-exp [B, K, R])"""
     visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
+    same_BX, same = (q_seg_BL, k_seg_BS), (q_offset, window, _ranges(visible_ij))
     core = functools.partial(_forward_core, static=static)
-    core = jax.vmap(core, in_axes=(0, 0, 0, None, None, None, None, None))  # key heads
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, None, None, None))  # rows of the batch
-    return core(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, _ranges(visible_ij))
+    return _over_heads_and_rows(core, (q_BKRH, k_BKSH, v_BKSH), same_BX, same)
 
 
 def _backward(static, residuals, g_BKRH):
     q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, out_BKRH, lse_BKR = residuals
     delta_BKR = jnp.sum(out_BKRH.astype(jnp.float32) * g_BKRH.astype(jnp.float32), axis=-1)
     visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
+    heads_BKX = q_BKRH, k_BKSH, v_BKSH, g_BKRH.astype(q_BKRH.dtype), lse_BKR, delta_BKR
+    same_BX, same = (q_seg_BL, k_seg_BS), (q_offset, window, _ranges(visible_ij.T))
     core = functools.partial(_backward_core, static=static)
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, None, None, None, None, None))
-    core = jax.vmap(core, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, None, None, None))
-    q_bar, k_bar, v_bar = core(
-        q_BKRH,
-        k_BKSH,
-        v_BKSH,
-        g_BKRH.astype(q_BKRH.dtype),
-        lse_BKR,
-        delta_BKR,
-        q_seg_BL,
-        k_seg_BS,
-        q_offset,
-        window,
-        _ranges(visible_ij.T),
-    )
-    return q_bar, k_bar, v_bar, None, None, None, None
+    bars = _over_heads_and_rows(core, heads_BKX, same_BX, same)
+    return *bars, None, None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)
+
+
+def _over_heads_and_rows(core, heads_BKX, same_BX, same):
+    """`core(*heads, *same)` of every row of the batch and key head; `same_BX` are arrays that all heads share."""
+
+    def row(heads_KX, same_X):
+        def head(*one):
+            return core(*one, *same_X, *same)
+
+        # On a CPU one after the other, so that the scores of a pair of blocks stay in its cache.
+        if current().platform == "cpu":
+            return lax.map(lambda one: head(*one), heads_KX)
+        return jax.vmap(head)(*heads_KX)
+
+    return jax.vmap(row)(heads_BKX, same_BX)
 
 
 def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_ranges, *, static):
@@ -162,6 +166,9 @@ def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_rang
     bq, bk = static.bq, static.bk
     H, rows = q_RH.shape[1], bq * (q_RH.shape[0] // q_seg_L.shape[0])
     q_index_R, q_seg_R = _row_masks(q_seg_L, q_offset, q_RH.shape[0])
+    # A column of ones has the product sum the weights too, which saves a pass over them; whole tiles of 16.
+    ones_SX = jnp.pad(jnp.ones_like(v_SH[:, :1]), ((0, 0), (0, -(H + 1) % 16)))
+    v_SX = jnp.concatenate([v_SH, ones_SX], axis=1)
 
     def query_block(block):
         i, (first, stop) = block
@@ -169,22 +176,20 @@ def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_rang
         q_index, q_seg = _block(q_index_R, i, rows)[:, None], _block(q_seg_R, i, rows)[:, None]
 
         def key_block(j, carry):
-            top, total, acc = carry
+            top, acc_RX = carry
             k_index = j * bk + jnp.arange(bk)
             seen = _in_reach(q_index, k_index, window) & (_block(k_seg_S, j, bk) == q_seg)
             scores = _scores(_dot(q, _block(k_SH, j, bk), 1, 1), static)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.exp(scores - new_top[:, None])
-            shrink = jnp.exp(top - new_top)
-            total = total * shrink + jnp.sum(weights, axis=1)
-            product = _dot(weights.astype(v_SH.dtype), _block(v_SH, j, bk), 1, 0)
-            return new_top, total, acc * shrink[:, None] + product
+            weights = exp_to_one(scores - new_top[:, None]).astype(v_SX.dtype)
+            product_RX = _dot(weights, _block(v_SX, j, bk), 1, 0)
+            return new_top, acc_RX * jnp.exp(top - new_top)[:, None] + product_RX
 
-        start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros((rows, H)))
-        top, total, acc = lax.fori_loop(first, stop, key_block, start)
-        total = jnp.where(total == 0, 1.0, total)  # rows of padding see nothing
-        return (acc / total[:, None]).astype(q.dtype), top + jnp.log(total)
+        start = (jnp.full(rows, _LOW), jnp.zeros((rows, v_SX.shape[1])))
+        top, acc_RX = lax.fori_loop(first, stop, key_block, start)
+        total = jnp.where(acc_RX[:, H] == 0, 1.0, acc_RX[:, H])  # rows of padding see nothing
+        return (acc_RX[:, :H] / total[:, None]).astype(q.dtype), top + jnp.log(total)
 
     blocks = jnp.arange(q_seg_L.shape[0] // bq)
     out, lse = lax.map(query_block, (blocks, key_ranges))
@@ -223,7 +228,7 @@ def _backward_core(
             in_reach = _in_reach(_block(q_index_R, i, rows), k_index, window)
             seen = in_reach & (k_seg == _block(q_seg_R, i, rows))
             scores = _scores(_dot(k, q, 1, 1), static)
-            weights = jnp.exp(jnp.where(seen, scores, -jnp.inf) - _block(lse_R, i, rows))
+            weights = exp_to_one(jnp.where(seen, scores, -jnp.inf) - _block(lse_R, i, rows))
             scores_bar = weights * (_dot(v, g, 1, 1) - _block(delta_R, i, rows)) * scale
             if soft_cap is not None:  # d tanh(x) = 1 - tanh(x)^2
                 scores_bar *= 1 - jnp.square(scores / soft_cap)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lrjax.models.exponential import exp_to_one
 from lrjax.models.linear import contract, outer_sum
 from lrjax.models.vocab_split import on_devices
 from lrjax.sharding import constrain
@@ -159,7 +160,7 @@ def _sum_ce_forward(w, x_BLD, targets_BL, weights_BL, vocab_axis, chunk):
             lse_BC = split.logsumexp(logits_BCV)
             ce_BC = lse_BC - split.pick(logits_BCV, targets_BC)
             hit_BCV = split.vocabulary(logits_BCV) == targets_BC[..., None]
-            logits_bar_BCV = jnp.exp(logits_BCV - lse_BC[..., None]) - hit_BCV
+            logits_bar_BCV = exp_to_one(logits_BCV - lse_BC[..., None]) - hit_BCV
             logits_bar_BCV = (logits_bar_BCV * weights_BC[..., None]).astype(x_BCD.dtype)
             x_bar_BCD = contract(logits_bar_BCV, w, ((2,), (vocab_axis,)))
             x_TD = x_BCD.reshape(-1, x_BCD.shape[-1])

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from lrjax import sharding
+from lrjax.models.exponential import exp_to_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +104,14 @@ class Split:
     def sum(self, a_BC):
         return lax.psum(a_BC, self.vocab) if self.vocab else a_BC
 
+    def max(self, logits_BCV):
+        top_BC = logits_BCV.max(axis=-1)
+        return lax.pmax(top_BC, self.vocab) if self.vocab else top_BC
+
     def logsumexp(self, logits_BCV):
-        if not self.vocab:
-            return jax.nn.logsumexp(logits_BCV, axis=-1)
-        top_BC = lax.pmax(logits_BCV.max(axis=-1), self.vocab)
-        return top_BC + jnp.log(self.sum(jnp.exp(logits_BCV - top_BC[..., None]).sum(axis=-1)))
+        top_BC = self.max(logits_BCV)
+        weights_BCV = exp_to_one(logits_BCV - top_BC[..., None])
+        return top_BC + jnp.log(self.sum(weights_BCV.sum(axis=-1)))
 
     def pick(self, logits_BCV, targets_BC):
         """The targets' logits."""
@@ -117,14 +121,11 @@ class Split:
         return self.sum(jnp.where(hit_BCV, logits_BCV, 0.0).sum(axis=-1))
 
     def argmax(self, logits_BCV):
-        """The first of the likeliest token ids."""
-        if not self.vocab:
-            return jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
-        best_BC, top_BC = jnp.argmax(logits_BCV, axis=-1), logits_BCV.max(axis=-1)
-        ids_BC = self.vocabulary(logits_BCV)[best_BC]
-        winner_BC = top_BC == lax.pmax(top_BC, self.vocab)
+        """The first of the likeliest token ids; a CPU takes longer for `jnp.argmax` than for these two passes."""
         none = jnp.iinfo(jnp.int32).max
-        return lax.pmin(jnp.where(winner_BC, ids_BC, none), self.vocab).astype(jnp.int32)
+        likeliest_BCV = logits_BCV == self.max(logits_BCV)[..., None]
+        first_BC = jnp.where(likeliest_BCV, self.vocabulary(logits_BCV), none).min(axis=-1)
+        return lax.pmin(first_BC, self.vocab) if self.vocab else first_BC
 
 
 def on_devices(local, vocab_axis: int, w, x_BLD, *arrays_BL, outputs):
