@@ -156,6 +156,16 @@ def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, k
         np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_queries_attend_as_among_many(count, kinds):
+    """On a CPU they take another way; N, K and padding in the last rows' segments included."""
+    q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3)
+    many = reference(q, k, v, ids, ids, **kinds)
+    few = reference(q[:, -count:], k, v, ids[:, -count:], ids, 40 - count, **kinds)
+    np.testing.assert_allclose(few, many[:, -count:], atol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_a_sliding_window_sees_so_many_keys_and_may_be_traced(small_blocks, implementation):
     q, k, v, _, _ = make_inputs(8, B=1, L=40)

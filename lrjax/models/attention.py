@@ -121,21 +121,16 @@ def reference(
 ):
     """Plain attention: all scores at once, softmax in float32. Arguments as in `attention`."""
     B, L, N, H = q_BLNH.shape
-    S, K = k_BSKH.shape[1:3]
+    K = k_BSKH.shape[2]
+    seen_BLS = _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window)
+    here = sharding.current()
+    if L <= FEW_QUERIES and here.platform == "cpu" and not here.split:
+        return _few_queries(q_BLNH, k_BSKH, v_BSKH, seen_BLS, soft_cap, scale)
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
     scores_BKGLS = jnp.einsum(
         "BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-    ) * (1 / math.sqrt(H) if scale is None else scale)
-    if soft_cap is not None:
-        scores_BKGLS = soft_cap * jnp.tanh(scores_BKGLS / soft_cap)
-    q_index_L1 = q_offset + jnp.arange(L)[:, None]
-    causal_LS = jnp.arange(S) <= q_index_L1
-    if window is not None:
-        causal_LS &= jnp.arange(S) > q_index_L1 - window
-    same_BLS = q_segment_ids_BL[:, :, None] == k_segment_ids_BS[:, None, :]
-    seen_BKGLS = (causal_LS & same_BLS)[:, None, None]
-    weights_BKGLS = jax.nn.softmax(jnp.where(seen_BKGLS, scores_BKGLS, _LOW), axis=-1)
-    weights_BKGLS = jnp.where(seen_BKGLS, weights_BKGLS, 0.0)
+    )
+    weights_BKGLS = _weights(scores_BKGLS, seen_BLS[:, None, None], H, soft_cap, scale)
     out_BLKGH = jnp.einsum(
         "BKGLS,BSKH->BLKGH",
         weights_BKGLS.astype(v_BSKH.dtype),
@@ -143,6 +138,49 @@ def reference(
         preferred_element_type=jnp.float32,
     )
     return out_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)
+
+
+def _few_queries(q_BLNH, k_BSKH, v_BSKH, seen_BLS, soft_cap, scale):
+    """`reference` for a token or a few of each row, on a CPU: all key heads in one product, X = K * H wide.
+
+    Of products with heads as a batch axis XLA's CPU backend makes transposed copies of the keys and values, which take
+    longer than all else. So each query has zeros where the other key heads stand; of the sums its own part is taken.
+    """
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    own_NK1 = jnp.repeat(jnp.eye(K, dtype=q_BLNH.dtype), N // K, axis=0)[..., None]
+    q_BLNX = (q_BLNH[:, :, :, None] * own_NK1).reshape(B, L, N, K * H)
+    scores_BLNS = jnp.einsum(
+        "BLNX,BSX->BLNS", q_BLNX, k_BSKH.reshape(B, S, K * H), preferred_element_type=jnp.float32
+    )
+    weights_BLNS = _weights(scores_BLNS, seen_BLS[:, :, None], H, soft_cap, scale)
+    out_BLNX = jnp.einsum(
+        "BLNS,BSX->BLNX",
+        weights_BLNS.astype(v_BSKH.dtype),
+        v_BSKH.reshape(B, S, K * H),
+        preferred_element_type=jnp.float32,
+    )
+    out_BLNH = jnp.sum(out_BLNX.reshape(B, L, N, K, H) * own_NK1, axis=3)
+    return out_BLNH.astype(q_BLNH.dtype)
+
+
+def _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window):
+    """bool [B, L, S]: which keys a query sees."""
+    L, S = q_segment_ids_BL.shape[1], k_segment_ids_BS.shape[1]
+    q_index_L1 = q_offset + jnp.arange(L)[:, None]
+    causal_LS = jnp.arange(S) <= q_index_L1
+    if window is not None:
+        causal_LS &= jnp.arange(S) > q_index_L1 - window
+    return causal_LS & (q_segment_ids_BL[:, :, None] == k_segment_ids_BS[:, None, :])
+
+
+def _weights(products, seen, head_dim, soft_cap, scale):
+    """Softmax over the last axis of scaled products, 0 where nothing is seen."""
+    scores = products * (1 / math.sqrt(head_dim) if scale is None else scale)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights = jax.nn.softmax(jnp.where(seen, scores, _LOW), axis=-1)
+    return jnp.where(seen, weights, 0.0)
 
 
 def choose(
