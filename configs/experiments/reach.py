@@ -23,8 +23,8 @@ def get_config(variant: str = ""):
     return setting.build(__file__, variant, ARMS, _change)
 
 
-def _change(config, arm):
-    times = int(arm[:-1])
+def at_reach(config, times: int) -> None:
+    """Makes `times` windows the target, and all that goes with it."""
     target = config.window * times
     config.target_length = target
     config.train_length = round(0.3 * target)
@@ -38,6 +38,10 @@ def _change(config, arm):
     config.score.batch_size = max(1, 128 // times)
     config.evaluate.niah.lengths = (config.window, target // 2, target)
     config.evaluate.niah.batch_size = max(1, 400 // times)
+
+
+def _change(config, arm):
+    at_reach(config, int(arm[:-1]))
     config.methods = {
         "raised_theta": method("first", ""),
         "contiguous": method("first", "contiguous"),
