@@ -85,7 +85,7 @@ def measure(
     for method in methods:
         if method not in selection.METHODS:
             raise UserError(f"--methods {method!r}: allowed: {', '.join(selection.METHODS)}")
-        if method == "anchor" and not analysis["anchors"]:
+        if method.startswith("anchor") and not analysis["anchors"]:
             logging.warning("analyse: no anchor classes: %s", analysis["flat"])
             continue
         choose = choosing.make_selector(config, workdir, method, analysis)
@@ -143,6 +143,7 @@ def _scores(config, workdir, samples, ids) -> dict:
         analysis = impact.analyse(
             delta_NL, classes_NL, marks_NL, names=classes.names, sentences_C=sentences_C, top=config.analyse.top,
             top_fraction=config.analyse.top_fraction, min_lift=config.analyse.min_lift,
+            unscored=impact.unscored(name, config.score.short_context),
         )  # fmt: skip
         flatness, validation = analysis["flatness"], analysis.get("validation", {})
         found[name] = {"anchors": analysis["anchors"]} | {

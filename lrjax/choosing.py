@@ -1,7 +1,7 @@
 """From long documents to the text that is trained on: the stages score, analyse and select of `recipe.py`.
 
 scores/long.array_record      {id, delta_logit, ... [L-1]}, written once; every analysis and selection reads it
-scores/classes.array_record   {id, classes [L]}: only of classes that depend on the document (config.analyse.classes)
+scores/classes_KIND.array_record   {id, classes [L]}: only of classes that depend on the document
 scores/analysis.json          what `impact.analyse` returns
 selected/METHOD.array_record  {id, tokens, segment_lengths, marks, token_index}, and weights where a method has them
 """
@@ -134,9 +134,16 @@ def analyse(config, workdir):
         top=config.analyse.top,
         top_fraction=config.analyse.top_fraction,
         min_lift=config.analyse.min_lift,
+        unscored=impact.unscored(config.analyse.score, config.score.short_context),
     )
     if warning := analysis["flatness"]["warning"]:
         logging.warning("analyse: %s", warning)
+    if analysis["top_share"] > 1.1 * config.analyse.top_fraction:
+        logging.warning(
+            "analyse: of %d samples the top %.0f %% at each position is %.0f %% of the tokens; score more samples, or "
+            "set config.analyse.top=overall",
+            analysis["samples"], 100 * config.analyse.top_fraction, 100 * analysis["top_share"],
+        )  # fmt: skip
     logging.info("analyse: anchor classes: %s", ", ".join(analysis["anchors"]) or "none")
     for row in analysis["classes"]:
         over = row["lift"] > config.analyse.min_lift and row["interval"][0] > 1
@@ -152,7 +159,7 @@ def analyse(config, workdir):
 def open_classes(config, workdir) -> classing.Classing:
     """The config's classes: names, and a function from a record of a document {id, tokens} to its classes [L].
 
-    Classes that depend on the document are found once for all documents and kept in scores/classes.array_record.
+    Classes that depend on the document are found once for all documents and kept in scores/classes_KIND.array_record.
     """
     kind = config.analyse.classes
     made = classing.make_classing(kind, open_tokenizer(workdir).token_texts(), window=config.window)
@@ -187,9 +194,9 @@ def write_selection(config, workdir, name, method, analysis) -> None:
     if method.selection == "at_positions":
         return
     documents = examples.open_records(workdir / "documents" / "long.array_record")
-    if method.selection == "anchor" and not analysis["anchors"]:
+    if method.selection.startswith("anchor") and not analysis["anchors"]:
         raise UserError(
-            f"methods.{name}: selection 'anchor' has nothing to hold on to: {analysis['flat']}"
+            f"methods.{name}: selection {method.selection!r} has nothing to hold on to: {analysis['flat']}"
         )
     choose = make_selector(
         config, workdir, method.selection, analysis, method.train_length, method.top_fraction
@@ -226,7 +233,8 @@ def write_selection(config, workdir, name, method, analysis) -> None:
     if method.selection in ("anchor", "digits") and reach < MOSTLY_THE_START * kept < whole:
         logging.warning(
             "methods.%s: selection %r has its %.0f %% of the tokens from the first %.0f %% of the documents: nearly "
-            "every sentence is one that it keeps, so it hardly differs from 'first'",
+            "every sentence is one that it keeps, so it hardly differs from 'first'; 'anchor_spread' takes them from "
+            "everywhere",
             name, method.selection, 100 * kept / whole, 100 * reach / whole,
         )  # fmt: skip
 
@@ -241,7 +249,7 @@ def make_selector(config, workdir, method: str, analysis, length: int = 0, top_f
     texts = open_tokenizer(workdir).token_texts()
     digits_V = np.asarray([any(c.isdigit() for c in text) for text in texts])
     classes = scores = top = None
-    if method == "anchor":
+    if method.startswith("anchor"):
         classes = open_classes(config, workdir)
         anchors = [classes.names.index(name) for name in analysis["anchors"]]
     if method in ("score", "linked", "weighted", "top"):
@@ -257,10 +265,10 @@ def make_selector(config, workdir, method: str, analysis, length: int = 0, top_f
             wanted = top[record["id"]]
         return selection.select(
             # Of more top tokens than fit, which stay must not depend on their place.
-            "anchor" if method == "top" else method,
+            "anchor_spread" if method == "top" else method,
             record["segment_lengths"], length or config.train_length,
             rng=examples.rng_of(config.seed, record["id"]), document_id=record["id"],
-            anchor_mask_L=wanted, overflow="random" if method == "top" else "first",
+            anchor_mask_L=wanted,
             digit_mask_L=digits_V.take(tokens),
             delta_L=None if scores is None else _score_of(config.analyse.score, scores, record, method),
             source_L=references.copies(tokens) if method == "linked" else None,
@@ -270,7 +278,7 @@ def make_selector(config, workdir, method: str, analysis, length: int = 0, top_f
 
 
 def _top_tokens(config, workdir, scores, fraction: float) -> dict[str, np.ndarray]:
-    """{document id: which of its tokens are in the top fraction of all documents at their place}."""
+    """{document id: which of its tokens are in the top fraction, of all documents at their place or of all tokens}."""
     documents = examples.open_records(workdir / "documents" / "long.array_record")
     # The first token is predicted by nothing.
     rows = {
@@ -280,7 +288,8 @@ def _top_tokens(config, workdir, scores, fraction: float) -> dict[str, np.ndarra
     if fraction == 1:
         return {id_: np.ones(len(row) + 1, bool) for id_, row in rows.items()}
     delta_NL = impact.stack(list(rows.values()), max(map(len, rows.values())))
-    top_NL = impact.top_fraction_per_position(delta_NL, fraction, ~np.isnan(delta_NL))
+    delta_NL[:, : impact.unscored(config.analyse.score, config.score.short_context)] = np.nan
+    top_NL = impact.TOPS[config.analyse.top](delta_NL, fraction, ~np.isnan(delta_NL))
     return {
         id_: np.concatenate([[False], top_L[: len(row)]])
         for top_L, (id_, row) in zip(top_NL, rows.items(), strict=True)

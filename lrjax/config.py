@@ -64,9 +64,9 @@ def training(**changes) -> ConfigDict:
 def method(selection: str, positions: str, **changes) -> ConfigDict:
     """A way to extend: which text of a long document, at which positions.
 
-    selection: anchor | digits | score | linked | weighted | random | first (`longrecipe/selection.py`); `top`:
-        sentences that hold a token whose score is in the top fraction at its place; or `at_positions`: the text that
-        lies at the positions drawn (PoSE as published, full length).
+    selection: anchor | anchor_spread | digits | score | linked | weighted | random | first
+        (`longrecipe/selection.py`); `top`: sentences that hold a token whose score is in the top fraction at its place;
+        or `at_positions`: the text that lies at the positions drawn (PoSE as published, full length).
     positions: a name in `longrecipe.positions.TRANSFORMS`, or "" to change the RoPE base and train nothing.
     """
     section = ConfigDict(

@@ -197,6 +197,7 @@ def _impact_documents(config, workdir) -> list[dict]:
     length = max(map(len, changes))
     delta_NL = impact.stack(changes, length)
     valid_NL = np.arange(length) < np.asarray([len(change) for change in changes])[:, None]
+    valid_NL[:, : impact.unscored(config.analyse.score, config.score.short_context)] = False
     top_NL = impact.TOPS[config.analyse.top](delta_NL, config.analyse.top_fraction, valid_NL)
     shown = []
     for index in range(min(3, len(rows))):

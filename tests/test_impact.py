@@ -173,6 +173,25 @@ def test_analyse_leaves_out_a_class_that_is_everywhere():
     assert (rows["number"]["sentences"], rows["punctuation"]["sentences"]) == (0.0, 1.0)
 
 
+def test_changes_that_say_nothing_are_in_no_figure():
+    """The contrast of contexts is 0 on the first tokens, where ties would make the first samples top."""
+    delta_NL, classes_NL = make(np.random.default_rng(0), 30, 60, 0.2, 1.5)
+    delta_NL[:, :9] = 0.0
+    unscored = impact.unscored("contrast", 10)
+    assert unscored == 9 and impact.unscored("logit", 10) == impact.unscored("contrast", 0) == 0
+    analysis = impact.analyse(delta_NL, classes_NL, unscored=unscored)
+    alone = impact.analyse(delta_NL[:, 9:], classes_NL[:, 9:])
+    assert analysis["tokens"] == alone["tokens"]
+    assert analysis["classes"] == alone["classes"]
+    assert analysis["flatness"] == alone["flatness"]
+
+
+def test_the_share_of_the_top_is_told_where_it_is_rounded_up():
+    delta_NL, classes_NL = make(np.random.default_rng(0), 30, 60, 0.2, 1.5)
+    assert impact.analyse(delta_NL[:4], classes_NL[:4])["top_share"] == 0.25
+    assert impact.analyse(delta_NL[:4], classes_NL[:4], top="overall")["top_share"] == 0.2
+
+
 def test_one_document_alone_does_not_make_an_anchor():
     """All of a class in one of many documents: its tokens are not independent witnesses of the class."""
     delta_NL, classes_NL = make(np.random.default_rng(0), 12, 200, 0.0, 0.0)

@@ -33,13 +33,9 @@ def sentence_of(document):
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=60, deadline=None)
-@given(
-    document=documents(),
-    seed=st.integers(0, 2**32 - 1),
-    overflow=st.sampled_from(["first", "random"]),
-)
-def test_properties(method, document, seed, overflow):
-    kept = select(method, **document, overflow=overflow, rng=np.random.default_rng(seed))
+@given(document=documents(), seed=st.integers(0, 2**32 - 1))
+def test_properties(method, document, seed):
+    kept = select(method, **document, rng=np.random.default_rng(seed))
     budget, lengths = document["budget"], document["segment_lengths_S"]
     assert kept.token_index.dtype == kept.segment_lengths.dtype == np.int32
     assert len(kept.token_index) == kept.segment_lengths.sum() == budget
@@ -56,14 +52,18 @@ def test_properties(method, document, seed, overflow):
     assert np.count_nonzero(counts != lengths[sentences]) <= 1
     assert 0 <= kept.filled <= budget
 
-    again = select(method, **document, overflow=overflow, rng=np.random.default_rng(seed))
+    again = select(method, **document, rng=np.random.default_rng(seed))
     np.testing.assert_array_equal(kept.token_index, again.token_index)
 
 
 @settings(max_examples=60, deadline=None)
 @given(document=documents(), seed=st.integers(0, 999))
 def test_anchor_takes_anchored_sentences_first(document, seed):
-    kept = select("anchor", **document, rng=np.random.default_rng(seed))
+    kept, spread = (
+        select(method, **document, rng=np.random.default_rng(seed))
+        for method in ("anchor", "anchor_spread")
+    )
+    assert spread.filled == kept.filled
     anchored = np.zeros(len(document["segment_lengths_S"]), bool)
     anchored[sentence_of(document)[document["anchor_mask_L"]]] = True
     wanted = np.flatnonzero(anchored[sentence_of(document)])
@@ -153,16 +153,14 @@ def test_first_is_the_start_of_the_text():
     np.testing.assert_array_equal(kept.segment_lengths, [4, 2])
 
 
-def test_random_and_random_overflow_reach_every_sentence():
-    counts, overflow = np.zeros(10), np.zeros(10)
+def test_random_and_spread_anchors_reach_every_sentence():
+    counts, spread = np.zeros(10), np.zeros(10)
     for seed in range(400):
         rng = np.random.default_rng(seed)
         counts[select("random", [2] * 10, 8, rng=rng).token_index[::2] // 2] += 1
-        kept = select(
-            "anchor", [2] * 10, 8, rng=rng, anchor_mask_L=np.ones(20, bool), overflow="random"
-        )
-        overflow[kept.token_index[::2] // 2] += 1
-    for drawn in (counts, overflow):
+        kept = select("anchor_spread", [2] * 10, 8, rng=rng, anchor_mask_L=np.ones(20, bool))
+        spread[kept.token_index[::2] // 2] += 1
+    for drawn in (counts, spread):
         assert np.all(np.abs(drawn - 160) < 5 * np.sqrt(400 * 0.4 * 0.6))
 
 
@@ -179,9 +177,8 @@ def test_random_and_random_overflow_reach_every_sentence():
         ({"budget": 0}, "budget is 0"),
         (
             {"method": "best"},
-            "method 'best'; allowed: anchor, digits, score, linked, weighted, random, first",
+            "method 'best'; allowed: anchor, anchor_spread, digits, score, linked, weighted, random, first",
         ),
-        ({"overflow": "last"}, "overflow 'last'; allowed: first, random"),
         ({"anchor_mask_L": None}, "essay#3: selection 'anchor' needs anchor_mask_L"),
         ({"anchor_mask_L": np.ones(11, bool)}, r"anchor_mask_L has shape \(11,\), .* 12 tokens"),
         ({"method": "digits"}, "'digits' needs digit_mask_L"),

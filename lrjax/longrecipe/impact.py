@@ -72,6 +72,11 @@ def score_of(record, name: str) -> Float[np.ndarray, "L-1"]:
         ) from error
 
 
+def unscored(name: str, short_context: int) -> int:
+    """How many changes at a sample's start say nothing: of `contrast` those whose short context is the whole."""
+    return max(short_context - 1, 0) if name == "contrast" else 0
+
+
 def significance(
     delta_NL: Float[np.ndarray, "N L"], statistic: str = "sum"
 ) -> Float[np.ndarray, "L"]:
@@ -360,6 +365,7 @@ def analyse(
     top_fraction: float = 0.2,
     min_lift: float = 1.2,
     buckets: int = 32,
+    unscored: int = 0,
 ) -> dict:
     """The whole analysis as a JSON-able dict.
 
@@ -370,15 +376,19 @@ def analyse(
         top: "position": the top fraction of the samples at each position (the paper's); "overall": of all tokens.
         marks_NL: known long-range answers, to validate the scorer; none set: no `validation`.
         buckets: position ranges over which `significance` and `frequency` are averaged.
+        unscored: changes at the start of each sample that are left out, see the function of this name.
 
     Returns:
-        samples, tokens, top_fraction, min_lift; classes: rows of `ClassLift` with interval and anchor; anchors: their
+        samples, tokens, top_fraction, top_share (of the tokens that are top: of few samples at a position the top
+        fraction is rounded up), min_lift; classes: rows of `ClassLift` with interval and anchor; anchors: their
         names; flat: None, or the line that says why there are none; significance: equation 3 by range of positions;
         frequency: share of each class in the top by range (`frequency.class_frequency`); flatness:
         `frequency.flatness`; validation: AUC of the change for the marks, their recall in the top, their number.
     """
     if top not in TOPS:
         raise UserError(f"analyse.top {top!r}: allowed: {', '.join(TOPS)}")
+    classes_NL = np.array(classes_NL)
+    classes_NL[:, :unscored] = -1
     valid_NL = classes_NL >= 0
     top_NL = TOPS[top](delta_NL, top_fraction, valid_NL)
     lifts = class_lift(classes_NL, top_NL, names=names, sentences_C=sentences_C)
@@ -394,6 +404,7 @@ def analyse(
         "samples": len(delta_NL),
         "tokens": int(valid_NL.sum()),
         "top_fraction": top_fraction,
+        "top_share": float(top_NL.sum() / valid_NL.sum()),
         "min_lift": min_lift,
         "classes": rows,
         "anchors": anchors,

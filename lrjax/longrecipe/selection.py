@@ -6,18 +6,19 @@
 Every method is an order in which sentences are admitted; whatever the order, the admitted sentences stay in
 the order of the text, and the last one admitted is cut so that the budget is met exactly.
 
-| method   | order of admission                                                                                     |
-|----------|--------------------------------------------------------------------------------------------------------|
-| anchor   | sentences that hold an anchor token, from the start of the text; then the others at random             |
-| digits   | the released code's rule: sentences with a digit and half of the others, from the start; then the rest |
-| score    | by the largest change of logit in the sentence                                                         |
-| linked   | the same, each with the sentences that its tokens are repeated from (`references.copies`)              |
-| weighted | drawn one by one, with a probability in proportion to the sentence's mean rise of logit                |
-| random   | at random                                                                                              |
-| first    | from the start                                                                                         |
+| method        | order of admission                                                                                |
+|---------------|---------------------------------------------------------------------------------------------------|
+| anchor        | sentences that hold an anchor token, from the start of the text; then the others at random        |
+| anchor_spread | the same sentences first, but at random                                                           |
+| digits        | the released code's: sentences with a digit and half of the others, from the start; then the rest |
+| score         | by the largest change of logit in the sentence                                                    |
+| linked        | the same, each with the sentences that its tokens are repeated from (`references.copies`)         |
+| weighted      | drawn one by one, with a probability in proportion to the sentence's mean rise of logit           |
+| random        | at random                                                                                         |
+| first         | from the start                                                                                    |
 
 The paper (arXiv 2409.00509, section 3) removes sentences without an anchor type, keeps the order and takes
-the budget; which ones go when more remain is not stated: `overflow` is "first" (the default) or "random".
+the budget; which ones go when more remain is not stated: the last ones with `anchor`, any with `anchor_spread`.
 Shapes: S sentences, L tokens of the document.
 """
 
@@ -28,8 +29,7 @@ from jaxtyping import Bool, Float, Int32
 
 from lrjax.errors import UserError
 
-METHODS = ("anchor", "digits", "score", "linked", "weighted", "random", "first")
-OVERFLOWS = ("first", "random")
+METHODS = ("anchor", "anchor_spread", "digits", "score", "linked", "weighted", "random", "first")
 KEEP_PLAIN = (
     0.5  # the released code keeps a sentence without a digit with this probability (its r = 0.6)
 )
@@ -58,19 +58,17 @@ def select(
     digit_mask_L: Bool[np.ndarray, "L"] | None = None,
     delta_L: Float[np.ndarray, "L"] | None = None,
     source_L: Int32[np.ndarray, "L"] | None = None,
-    overflow: str = "first",
     document_id: str = "document",
 ) -> Selection:
     """Keeps exactly `budget` tokens of a document.
 
     Args:
-        method: one of `METHODS`; anchor needs `anchor_mask_L`, digits `digit_mask_L`, score, linked and weighted
-            `delta_L`, linked also `source_L`.
+        method: one of `METHODS`; anchor and anchor_spread need `anchor_mask_L`, digits `digit_mask_L`, score, linked
+            and weighted `delta_L`, linked also `source_L`.
         segment_lengths_S: tokens of each sentence, with sum L.
         anchor_mask_L, digit_mask_L: which tokens are of an anchor class, hold a digit.
         delta_L: change of logit of each token (any low value for the first, which nothing predicts).
         source_L: the earlier token that each token repeats; -1 for none.
-        overflow: which sentences with an anchor are left out when not all fit: the last ones or random ones.
         document_id: names the document in errors.
 
     Raises:
@@ -80,8 +78,6 @@ def select(
     lengths_S = _checked_lengths(segment_lengths_S, budget, document_id)
     if method not in METHODS:
         raise UserError(f"selection method {method!r}; allowed: {', '.join(METHODS)}")
-    if overflow not in OVERFLOWS:
-        raise UserError(f"selection overflow {overflow!r}; allowed: {', '.join(OVERFLOWS)}")
     starts_S = np.cumsum(lengths_S) - lengths_S
     count = len(lengths_S)
 
@@ -101,9 +97,9 @@ def select(
         return reduce.reduceat(values_L, starts_S)
 
     wanted_S = np.ones(count, bool)
-    if method == "anchor":
+    if method.startswith("anchor"):
         wanted_S = per_sentence(anchor_mask_L, "anchor_mask_L").astype(bool)
-        order = _wanted_first(wanted_S, rng, shuffle_wanted=overflow == "random")
+        order = _wanted_first(wanted_S, rng, shuffle_wanted=method == "anchor_spread")
     elif method == "digits":
         wanted_S = per_sentence(digit_mask_L, "digit_mask_L").astype(bool)
         wanted_S |= rng.random(count) < KEEP_PLAIN
