@@ -195,7 +195,7 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
     )  # fmt: skip
     provenance.note(out / name)
     about = {
-        "checkpoint": path, "made_by": provenance.notes(out / name),
+        "checkpoint": path, "trained": provenance.run_of(path), "made_by": provenance.notes(out / name),
         "dtype": config.dtype, "window": config.max_position_embeddings,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value, "options": dataclasses.asdict(options),

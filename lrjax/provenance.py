@@ -1,6 +1,7 @@
 """Where figures come from: the commit and the machine of every run, kept in its workdir.
 
 note(workdir)                     # WORKDIR/provenance.json: [{"commit", "machine", "devices"}, ...]
+run_of(checkpoint)                # what run left it: {"config", "seed", "made_by"}
 """
 
 import os
@@ -27,6 +28,15 @@ def note(workdir) -> None:
 def notes(workdir) -> list[dict]:
     file = pathlib.Path(workdir) / FILE
     return wd.read_json(file) if file.is_file() else []
+
+
+def run_of(checkpoint) -> dict | None:
+    """Of WORKDIR/checkpoints/NAME the name of the run's config, its seed and its notes; None for other checkpoints."""
+    folder = pathlib.Path(checkpoint).resolve().parent
+    if folder.name != "checkpoints" or not (folder.parent / "config.json").is_file():
+        return None
+    config = wd.read_config(folder.parent)
+    return {"config": config.name, "seed": config.seed, "made_by": notes(folder.parent)}
 
 
 def commit() -> str:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from lrjax import evaluate
+from configs import tiny
+from lrjax import evaluate, provenance, workdir
 from lrjax import results as results_page
 from lrjax.checkpoints import orbax
 from lrjax.data.tokenizers import byte_tokenizer
@@ -53,6 +54,19 @@ def test_samples_need_no_model(tmp_path):
             file = tmp_path / "data" / str(length) / task / "validation.jsonl"
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             assert len(rows) == count and all(row["length"] <= length for row in rows)
+
+
+def test_a_checkpoint_of_a_run_is_told_with_its_run(tmp_path):
+    config = tiny.get_config()
+    with config.unlocked():
+        config.seed = 7
+    workdir.write_json(tmp_path / "config.json", workdir.flatten(config))
+    provenance.note(tmp_path)
+    run_ = provenance.run_of(tmp_path / "checkpoints" / "merged")
+    assert (run_["config"], run_["seed"]) == ("tiny", 7)
+    assert run_["made_by"] == provenance.notes(tmp_path) != []
+    assert provenance.run_of(tmp_path / "merged") is None
+    assert provenance.run_of(tmp_path / "no" / "checkpoints" / "merged") is None
 
 
 def test_checkpoints_side_by_side(checkpoints, tmp_path):

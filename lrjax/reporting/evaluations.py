@@ -5,6 +5,8 @@ section("ruler", {"base": results, "extended": results})         # Markdown; res
 
 from collections.abc import Mapping, Sequence
 
+from lrjax.evaluation import depths
+
 
 def section(title: str, found: Mapping[str, Mapping]) -> str:
     """Checkpoints side by side: scores with Wilson's 95 % interval, then means and what was read (perplexity, ...)."""
@@ -37,14 +39,22 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
 
 
 def _asked(name: str, one: Mapping) -> str:
-    commits = ", ".join(_unique(note["commit"] for note in one["made_by"]))
+    trained = ""
+    if run := one.get("trained"):  # evaluations stored before November 2026 do not say
+        trained = (
+            f" of config {run['config']}, seed {run['seed']}, commit {_commits(run['made_by'])}"
+        )
     machines = "; ".join(
         _unique(f"{note['machine']}, {note['devices']}" for note in one["made_by"])
     )
     return (
-        f"- **{name}**: `{one['checkpoint']}`, window {one['window']:,}, {one['dtype']}; commit {commits}; "
-        f"{machines}"
+        f"- **{name}**: `{one['checkpoint']}`{trained}, window {one['window']:,}, {one['dtype']}; evaluated by commit "
+        f"{_commits(one['made_by'])}; {machines}"
     )
+
+
+def _commits(notes: Sequence[Mapping]) -> str:
+    return ", ".join(_unique(note["commit"] for note in notes))
 
 
 def _command(one: Mapping) -> str:
@@ -55,6 +65,8 @@ def _command(one: Mapping) -> str:
         "samples": options["samples"],
         "seed": options["seed"],
     }
+    if set(options["tasks"]) & {"needles", *depths.KINDS}:
+        flags["depths"] = ",".join(map(str, options["depths"]))
     flags |= {name: options[name] for name in ("squad", "hotpotqa", "ruler_dir") if options[name]}
     given = " ".join(f"--{name}={value}" for name, value in flags.items())
     return f"`python -m lrjax.evaluate CHECKPOINT ... {given} --out=DIR`"
