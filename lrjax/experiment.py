@@ -297,12 +297,16 @@ def check_stored(experiment, stored) -> None:
             )
 
 
+def texts(experiment) -> dict:
+    """What the config says of itself: title, what it is about, and the claims."""
+    title, _command, about = experiment.module.__doc__.strip().split("\n\n", 2)
+    return {"title": title, "about": about, "claims": list(experiment.module.CLAIMS)}
+
+
 def _write(experiment, runs_, out, others) -> None:
     complete = [run for run in runs_ if wd.is_complete(run.workdir, "evaluate")]
     if not complete:
         return
-    module = experiment.module
-    title, about = module.__doc__.strip().split("\n\n", 1)
     known = {(run.arm, run.seed) for run in complete}
     others = [run for run in others if (run["arm"], run["seed"]) not in known]
     file = _json(experiment, out)
@@ -310,14 +314,12 @@ def _write(experiment, runs_, out, others) -> None:
     results = {
         "name": file.stem,
         "smoke": experiment.smoke,
-        "title": title,
-        "about": about.split("\n\n", 1)[1],  # without the command
+        **texts(experiment),
         "config": str(experiment.file),
         "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
         f"--seeds={','.join(map(str, seeds))} --workdir=DIR",
         "window": complete[0].config.window,
-        "arms": list(module.ARMS),
-        "claims": list(module.CLAIMS),
+        "arms": list(experiment.module.ARMS),
         "runs": [],
     }
     found = [

@@ -93,13 +93,26 @@ def test_methods_train_on_equal_tokens_unless_their_name_says_flops(name):
 
 def test_equal_flops():
     from configs.experiments import main_table, setting
-    from lrjax.models.flops import train_flops
+    from lrjax.models.flops import forward_flops, train_flops
 
     config = main_table.get_config()
     full = config.methods.full_equal_flops
     model = setting.model(config)
     short = train_flops(model, 16 * config.extend.steps, config.train_length)
     assert train_flops(model, 5 * full.steps, 512) == pytest.approx(short, rel=0.01)
+    # As the docstring says of what is not counted.
+    probe = train_flops(model, 5 * config.probe.steps, 512)
+    scoring = 2 * forward_flops(model, setting.LONG_DOCUMENTS, 512)
+    assert 1.9 < (probe + scoring) / short < 2.2
+
+
+def test_texts_and_claims_of_stored_runs_are_the_configs_of_today():
+    stored = json.loads((ROOT / "docs" / "results" / "skips.json").read_text())
+    old = stored | {"title": "old", "about": "old", "claims": []}
+    opened = experiment.open_experiment(stored["config"])
+    assert results.as_the_config_says(old) == old | experiment.texts(opened)
+    other = old | {"runs": [old["runs"][0] | {"config_digest": "0"}]}
+    assert results.as_the_config_says(other) == other
 
 
 # ------------------------------------------------------------------------------------------- what methods may change

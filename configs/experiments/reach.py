@@ -3,7 +3,8 @@
     python -m lrjax.experiment --config=configs/experiments/reach.py --seeds=10-14 --workdir=runs/experiments
 
 Everywhere training sees 30 % of the target and as many tokens in all, so at 32 x a quarter of the rows of 8 x. The
-RoPE base follows the paper's rule (1.9k, 10k, 53k, 266k), the same for all methods of an arm.
+RoPE base follows the paper's rule (1.9k, 10k, 53k, 266k), the same for all methods of an arm. Methods differ in their
+text as well as in their positions: `same_text` holds the text alike.
 """
 
 from configs.experiments import setting
