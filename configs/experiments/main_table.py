@@ -7,8 +7,9 @@ trains at full length for as many FLOPs of training. The probe and the scoring a
 share them, and in an experiment as small as this they cost twice as much as one extension. `raised_theta` trains
 nothing. `pose` and `full` take the text that lies at their positions, `contiguous`, `rpes` and `longrecipe_first` (the
 paper's "positions only") the first 30 % of a document, the other LongRecipe rows sentences by anchor class
-(`longrecipe`), largest change of logit, digits, or at random. `replayed` and `merged` go on from `longrecipe`. So methods differ in their text as well as in their positions;
-the experiments `skips` and `same_text` compare positions on one text.
+(`longrecipe`), largest change of logit, digits, or at random. `replayed` and `merged` go on from `longrecipe`. So
+methods differ in their text as well as in their positions; the experiments `skips` and `same_text` compare positions on
+one text.
 """
 
 from configs.experiments import setting
