@@ -5,6 +5,9 @@ benchmarks of `config.evaluate.suite` ({length: result of questions.ask}), whose
 `evaluation/CHECKPOINT/answers/`; `evaluation/merge_curve.json`: the merged model at other weights;
 `evaluation/lds.json`: how much the parts of each method's text depend on each other. The same tasks run during training
 (`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
+
+Documents and needle prompts begin with what the tokenizer puts before a text (bos, or nothing), within their length;
+"bos" in a result says whether there is something.
 """
 
 import dataclasses
@@ -84,6 +87,7 @@ def make_tasks(config, workdir) -> dict:
     `folder` is the checkpoint's below evaluation/: a task may keep there what it has done so far.
     """
     tokenizer = open_tokenizer(workdir)
+    opening = tokenizer.opening_ids()
     section = config.evaluate
     tasks = {}
     if section.niah.lengths:
@@ -99,13 +103,14 @@ def make_tasks(config, workdir) -> dict:
             result = perplexity.perplexity_by_position(
                 model_config, params, documents, part.buckets
             )
+            result["bos"] = len(opening) > 0
             if part.window:
                 result["sliding_window"] = perplexity.sliding_window(
-                    model_config, params, documents, part.window, part.stride
+                    model_config, params, documents, part.window, part.stride, opening=opening
                 )
             if part.key_context:
                 result["longppl"] = longppl.longppl(
-                    model_config, params, documents, context=part.key_context
+                    model_config, params, documents, context=part.key_context, opening=opening
                 )
             return result, len(documents), part.length
 
@@ -220,6 +225,7 @@ def _niah_task(config, workdir, tokenizer, lengths=()):
         lengths=tuple(lengths or section.lengths), depths=tuple(section.depths),
         samples_per_cell=section.samples_per_cell, needle=section.needle, question=section.question,
         keys=tuple(section["keys"]), values=tuple(section["values"]), distractors=section.distractors,
+        add_bos=bool(tokenizer.opening_ids()),
     )  # fmt: skip
     texts = [document.text for document in open_data(config, workdir, section.haystack)]
 
@@ -241,6 +247,7 @@ def _short_task(config, workdir, tokenizer):
     """Mean loss in the original window, for each source: what an extension forgets."""
     section = config.evaluate.short
     length = section.length or config.window
+    bos = bool(tokenizer.opening_ids())
     sources = {
         name: _joined(config, workdir, tokenizer, source, section, length)
         for name, source in section.sources.items()
@@ -249,7 +256,7 @@ def _short_task(config, workdir, tokenizer):
     def losses(model_config, params, folder=None):
         del folder
         result = {
-            name: perplexity.short_loss(model_config, params, documents, length)
+            name: perplexity.short_loss(model_config, params, documents, length) | {"bos": bos}
             for name, documents in sources.items()
         }
         return result, sum(map(len, sources.values())), length
@@ -258,16 +265,20 @@ def _short_task(config, workdir, tokenizer):
 
 
 def _joined(config, workdir, tokenizer, source, section, length=0):
-    """Token arrays [length]: documents of a source, one after the other where one is too short."""
+    """Token arrays [length]: documents of a source, one after the other where one is too short.
+
+    Each begins with the tokenizer's opening, within the length.
+    """
     length = length or section.length or config.target_length
-    documents, joined, room = [], [], length
+    opening = tokenizer.opening_ids()
+    documents, joined, room = [], [], length - len(opening)
     for document in open_data(config, workdir, source):
         tokens = tokenizer.encode(document.text)[:room]
         joined.append(tokens)
         room -= len(tokens)
         if not room:
-            documents.append(np.concatenate(joined))
-            joined, room = [], length
+            documents.append(perplexity.opened(np.concatenate(joined), opening))
+            joined, room = [], length - len(opening)
         if len(documents) == section.documents:
             return documents
     if not documents:

@@ -6,18 +6,21 @@
     DIR/CHECKPOINT/results.json                 scores, intervals, counts, templates, seeds, three samples a task
     DIR/comparison.md                           the checkpoints side by side
 
-A run that was stopped goes on with the same command. `--generate_only` writes the samples and needs no model
-(tokenizer of SmolLM2 unless `--tokenizer` says otherwise); `--score_only=DIR` scores answers that RULER's scripts or
-this one wrote.
+A run that was stopped goes on with the same command; other weights under the same name, or another way of asking, need
+another DIR (DIR/CHECKPOINT/asked.json says what the answers there are of). `--generate_only` writes the samples and
+needs no model (tokenizer of SmolLM2 unless `--tokenizer` says otherwise); `--score_only=DIR` scores answers that
+RULER's scripts or this one wrote.
 A mistake ends with one line on standard error and exit code 2.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
 
 import jax
+import numpy as np
 from absl import logging
 
 from lrjax import provenance
@@ -37,7 +40,11 @@ from lrjax.reporting.comparison import markdown
 _FLAGS = ProgramFlags()
 _TASKS = _FLAGS.DEFINE_list("tasks", [], f"What to ask: {', '.join(suite.NAMES)}.")
 _LENGTHS = _FLAGS.DEFINE_list("lengths", [], "Tokens of prompt and answer's budget.")
-_SAMPLES = _FLAGS.DEFINE_integer("samples", 100, "Of each task and length; needles: of each depth.")
+_SAMPLES = _FLAGS.DEFINE_integer(
+    "samples",
+    0,
+    "Of each task and length (needles: of each depth), or the first so many of a file; 0: 100, and all of a file.",
+)
 _OUT = _FLAGS.DEFINE_string("out", None, "Directory of samples, answers and results.")
 _GENERATE_ONLY = _FLAGS.DEFINE_bool(
     "generate_only", False, "Write the samples; no model is needed."
@@ -48,7 +55,8 @@ _SCORE_ONLY = _FLAGS.DEFINE_string(
 _SAMPLES_DIR = _FLAGS.DEFINE_string(
     "samples_dir",
     "",
-    "Ask these samples, TASK/validation.jsonl as RULER writes them, instead of making some.",
+    "Ask these samples as RULER writes them, LENGTH/TASK/validation.jsonl or of one length TASK/validation.jsonl, "
+    "instead of making some.",
 )
 _TOKENIZER = _FLAGS.DEFINE_string("tokenizer", "", "Instead of the checkpoint's own.")
 _SEED = _FLAGS.DEFINE_integer("seed", 42, "Of the samples.")
@@ -77,6 +85,11 @@ _WINDOW = _FLAGS.DEFINE_integer(
 _STRIDE = _FLAGS.DEFINE_integer("stride", 512, "Tokens that the sliding window moves on by.")
 _KEY_CONTEXT = _FLAGS.DEFINE_integer(
     "key_context", 4096, "Of longppl: tokens of the short context."
+)
+_KEY_EVALUATOR = _FLAGS.DEFINE_string(
+    "key_evaluator",
+    "",
+    "Of longppl: the checkpoint that chooses the key tokens for all; default: the first one named.",
 )
 _RUN_CODE = _FLAGS.DEFINE_bool(
     "run_code",
@@ -127,7 +140,10 @@ def main(argv) -> None:
             )
         config = dataclasses.replace(config, dtype=_DTYPE.value)
         params = ready(config, params)
-        found[name] = evaluate(options, config, params, load_tokenizer(spec), out, name, str(path))
+        found[name] = evaluate(
+            options, config, params, load_tokenizer(spec), out, name, str(path),
+            key_evaluator=_KEY_EVALUATOR.value or checkpoints[0],
+        )  # fmt: skip
     text = markdown({name: result["summary"] for name, result in found.items()})
     (out / "comparison.md").write_text(text)
     print(text)
@@ -185,32 +201,36 @@ def generate(options, prompter, out: pathlib.Path) -> None:
         )
 
 
-def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
-    """Asks one checkpoint everything; returns and writes its results."""
+def evaluate(
+    options, config, params, tokenizer, out, name, path, *, key_evaluator: str = ""
+) -> dict:
+    """Asks one checkpoint everything; returns and writes its results. `key_evaluator`: LongPPL's; "": itself."""
     prompter = Prompter(tokenizer, _CHAT.value)
     made = suite.Suite(options, prompter)
     answer = questions.lrjax_answerer(
         config, params, tokenizer, batch_size=_BATCH_SIZE.value, temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value, seed=_SEED.value,
     )  # fmt: skip
+    _check_asked(out / name, config, params, path)
     provenance.note(out / name)
     about = {
         "checkpoint": path, "trained": provenance.run_of(path), "made_by": provenance.notes(out / name),
         "dtype": config.dtype, "window": config.max_position_embeddings,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "temperature": _TEMPERATURE.value,
-        "top_p": _TOP_P.value, "options": dataclasses.asdict(options),
+        "top_p": _TOP_P.value, "options": dataclasses.asdict(options), "flags": _flags(),
     }  # fmt: skip
     results: dict[str, dict] = {}
     everything = about | {"summary": {}, "results": results}
     if options.readings():
-        everything |= _readings(options, config, params, tokenizer, out / name)
+        everything |= _readings(
+            options, config, params, tokenizer, out / name, path, key_evaluator or path
+        )
     for task_name, length in options.pairs():
         start = time.perf_counter()
-        task = made.make(task_name, length)
         if _SAMPLES_DIR.value:
-            given = read_samples(pathlib.Path(_SAMPLES_DIR.value) / task_name / "validation.jsonl")
-            task = dataclasses.replace(task, samples=given[: options.samples])
+            task = _given(options, prompter, task_name, length)
         else:
+            task = made.make(task_name, length)
             write_jsonl(_samples_file(out, task_name, length), questions.rows_of(task))
         made_in = time.perf_counter() - start
         key = str(length or "all")
@@ -242,21 +262,98 @@ def evaluate(options, config, params, tokenizer, out, name, path) -> dict:
     return everything
 
 
-def _readings(options, config, params, tokenizer, folder: pathlib.Path) -> dict:
-    """Perplexity and LongPPL, read anew unless results.json has them from the same call."""
+def _check_asked(folder: pathlib.Path, config, params, path: str) -> None:
+    """Keeps what the answers in a folder are of. Raises `UserError` where those there are of something else."""
+    asked = dataclasses.asdict(config) | {
+        "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "seed": _SEED.value, "chat": _CHAT.value,
+        "tokenizer": _TOKENIZER.value, "limit": _LIMIT.value, "samples_dir": _SAMPLES_DIR.value,
+        "weights": fingerprint(params),
+    }  # fmt: skip
+    asked = json.loads(json.dumps(asked))
+    file = folder / "asked.json"
+    before = wd.read_json(file) if file.is_file() else asked
+    for name in asked:
+        if before.get(name) != asked[name]:
+            raise UserError(
+                f"{folder}: the answers there were asked with {name} {before.get(name)!r}, {path} would be with "
+                f"{asked[name]!r}; allowed: another --out"
+            )
+    wd.write_json(file, asked)
+
+
+def fingerprint(params) -> str:
+    """Of weights: the first numbers of every array and all shapes. What was trained on has another one."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(str((leaf.shape, leaf.dtype)).encode())
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:1024]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _given(options, prompter, name: str, length: int | None) -> questions.Task:
+    """A task with the samples of --samples_dir."""
+    folder = pathlib.Path(_SAMPLES_DIR.value)
+    file = folder / str(length) / name / "validation.jsonl"
+    if not file.is_file():
+        file = folder / name / "validation.jsonl"
+        if len(options.lengths) > 1:
+            raise UserError(
+                f"--samples_dir={folder}: no {length}/{name}/validation.jsonl; allowed without folders of "
+                f"lengths: one --lengths, not {len(options.lengths)}"
+            )
+    samples = read_samples(file)[: options.samples or None]
+    # How its answers are scored; the one sample that is made for it is not asked.
+    one = dataclasses.replace(
+        options, samples=1, squad=options.squad or "sample", hotpotqa=options.hotpotqa or "sample"
+    )
+    task = suite.Suite(one, prompter).make(name, length)
+    about = {
+        "benchmark": task.about["benchmark"], "length": length, "seed": None, "wording": "given with the samples",
+        "template": "given with the samples", "samples_dir": str(folder),
+    }  # fmt: skip
+    return dataclasses.replace(task, samples=samples, about=about)
+
+
+def _flags() -> dict:
+    """Those that were given, but for --out, for the command that does the same again."""
+    given = {name: _FLAGS[name] for name in _FLAGS.values if name != "out"}
+    return {name: flag.value for name, flag in given.items() if flag.value != flag.default}
+
+
+def _readings(
+    options, config, params, tokenizer, folder: pathlib.Path, path: str, key_evaluator: str
+) -> dict:
+    """Perplexity and LongPPL, read anew unless readings.json has them from the same call.
+
+    The model at `key_evaluator` is loaded beside the one that is read, where it is another one.
+    """
+    longppl = "longppl" in options.readings()
     asked = {
         "names": options.readings(), "texts": _TEXTS.value or "essays", "lengths": list(options.lengths),
-        "documents": options.samples, "window": _WINDOW.value, "stride": _STRIDE.value,
+        "documents": options.measured, "window": _WINDOW.value, "stride": _STRIDE.value,
         "key_context": _KEY_CONTEXT.value, "dtype": config.dtype,
+        "checkpoint": path, "key_evaluator": key_evaluator if longppl else None,
     }  # fmt: skip
     file = folder / "readings.json"
     if file.is_file() and (before := wd.read_json(file))["asked"] == asked:
         return before["found"]
     texts = [d.text for d in open_source(_TEXTS.value)] if _TEXTS.value else pypi_texts.essays()
+    evaluator = None
+    if longppl and pathlib.Path(key_evaluator) != pathlib.Path(path):
+        judge, weights, spec = loading.load(key_evaluator)
+        if not (spec := _TOKENIZER.value or spec):
+            raise UserError(
+                f"{key_evaluator}: the evaluator brings no tokenizer; allowed: --tokenizer=PATH"
+            )
+        judge = dataclasses.replace(judge, dtype=config.dtype)
+        evaluator = (judge, ready(judge, weights), load_tokenizer(spec))
     found = readings.read(
         options.readings(), config, params, tokenizer, texts, lengths=options.lengths,
-        documents=options.samples, window=_WINDOW.value, stride=_STRIDE.value, key_context=_KEY_CONTEXT.value,
+        documents=options.measured, window=_WINDOW.value, stride=_STRIDE.value, key_context=_KEY_CONTEXT.value,
+        evaluator=evaluator,
     )  # fmt: skip
+    if longppl:
+        found["longppl"]["evaluator"] = key_evaluator
     wd.write_json(file, {"asked": asked, "found": found})
     return found
 

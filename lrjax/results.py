@@ -272,10 +272,11 @@ def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
             result["invented"] = suite.invented(result)
             result.pop("samples", None)
         found["checkpoint"] = _without_folders(found["checkpoint"])
-        found["options"] = {
-            key: _without_folders(value) if isinstance(value, str) else value
-            for key, value in found["options"].items()
-        }
+        for given in ("options", "flags"):
+            found[given] = {
+                key: _without_folders(value) if isinstance(value, str) else value
+                for key, value in found[given].items()
+            }
         kept[file.parent.name] = found
     target = folder / evaluation.resolve().name
     for old in target.glob("*.json"):

@@ -58,6 +58,10 @@ def test_longbench_scores_an_echo_100_and_nothing_0(tmp_path, prompter, name):
     assert ask(task, empty, prompter)["score"] == 0
     cut = ask(task, echo(task), prompter, limit=task.max_new_tokens + 150)
     assert cut["cut"] == 3 and cut["wording"] == "lrjax"
+    assert cut["limit"] == task.max_new_tokens + 150 and cut["of"] == cut["count"] == 3
+    shown, whole = cut["samples"][0], result["samples"][0]
+    assert shown["cut"] and not whole["cut"] and len(shown["prompt"]) < len(whole["prompt"])
+    assert len(longbench.make(name, tmp_path, prompter, wording.longbench(), count=2).samples) == 2
     if name in longbench.SUBSETS_E:
         task = longbench.make(name, tmp_path, prompter, wording.longbench(), e=True)
         groups = ask(task, echo(task), prompter)["groups"]
@@ -225,11 +229,55 @@ def test_humaneval_is_off_unless_asked_for(tmp_path, prompter, contained):
          "except OSError as e:\n    import errno; assert e.errno == errno.ENETUNREACH, e", True),
         ("x = bytearray(2 << 30)", False),
         ("open('here', 'w').write('x' * (2 << 20))", False),
-        ("import os; assert os.listdir() == ['program.py']", True),
+        ("import os; assert os.listdir() == []", True),
+        ("open('here', 'w').write('x'); assert open('here').read() == 'x'", True),
+        ("import tempfile; tempfile.TemporaryFile().write(b'x')", True),
+        ("import multiprocessing as m; p = m.get_context('fork').Process(target=print); p.start(); p.join()\n"
+         "assert p.exitcode == 0", True),
     ],
 )  # fmt: skip
 def test_a_program_is_contained(contained, program, passes):
     assert sandbox.run_program(program, seconds=3) is passes
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "exit(0)", "quit()", "import sys; sys.exit()", "raise SystemExit(0)", "raise SystemExit",
+        "import os; os._exit(0)", "import os, threading; threading.Timer(0.1, os._exit, [0]).start()\nwhile True: pass",
+        "import os; os.write(1, b'passed'); os._exit(0)",
+        "import os\nfor i in range(64):\n  try: os.write(i, b'0' * 32)\n  except OSError: pass\nos._exit(0)",
+        "import os\nif os.fork(): os.wait(); os._exit(0)",
+        "import os; os.execv('/bin/true', ['true'])",
+    ],
+)  # fmt: skip
+def test_only_a_program_that_runs_to_its_end_passes(contained, ending):
+    assert not sandbox.run_program(f"{ending}\nx = 1")
+
+
+def test_a_program_writes_and_deletes_nothing_outside_of_its_folder(contained, tmp_path):
+    path = tmp_path / "mine"
+    path.write_text("kept")
+    for act in (
+        f"os.remove({str(path)!r})",
+        f"os.chmod({str(path)!r}, 0)",
+        f"open({str(path)!r}, 'a')",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        "open(os.path.join(os.path.dirname(os.getcwd()), 'lrjax-new'), 'w')",
+    ):
+        program = f"import errno, os\ntry: {act}\nexcept OSError as e: assert e.errno == errno.EROFS, e\nelse: 1 / 0"
+        assert sandbox.run_program(program), act
+    again = f"subprocess.run(['mount', '-o', 'remount,bind,rw', '/']); open({str(path)!r}, 'a')"
+    assert not sandbox.run_program(f"import subprocess; {again}")
+    assert [each.name for each in tmp_path.iterdir()] == ["mine"] and path.read_text() == "kept"
+
+
+def test_where_a_program_cannot_be_contained_it_is_refused(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sandbox, "_UNSHARE", ("sh", "-c", "echo 'not permitted' >&2; exit 1"))
+    sandbox.check_available.cache_clear()
+    with pytest.raises(UserError, match=r"\(not permitted\); allowed: Linux 5.12"):
+        sandbox.run_program("x = 1")
 
 
 def test_pass_at_1_scores_a_sample(contained):

@@ -125,6 +125,26 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
         given["results"]["number"]["2048"]["samples"]
         == first["results"]["number"]["2048"]["samples"]
     )
+    assert given["results"]["number"]["2048"]["wording"] == "given with the samples"
+    with pytest.raises(UserError, match="allowed without folders of lengths: one --lengths, not 2"):
+        run(
+            checkpoints[0], "--tasks=number", "--lengths=2048,4096", f"--samples_dir={samples}",
+            f"--out={tmp_path / 'two'}",
+        )  # fmt: skip
+
+
+def test_answers_of_another_model_or_way_of_asking_are_not_taken(checkpoints, tmp_path):
+    command = "--tasks=number", "--lengths=1024", "--samples=1", "--depths=0.5", f"--out={tmp_path}"
+    run(checkpoints[0], *command)
+    with pytest.raises(
+        UserError, match=r"asked with dtype 'bfloat16', .* 'float32'; allowed: another --out"
+    ):
+        run(checkpoints[0], *command, "--dtype=float32")
+    with pytest.raises(UserError, match=r"asked with seed 42, .* with 7"):
+        run(checkpoints[0], *command, "--seed=7")
+    (tmp_path / "model0").rename(tmp_path / "model1")
+    with pytest.raises(UserError, match="asked with weights '"):
+        run(checkpoints[1], *command)
 
 
 def test_texts_are_read(checkpoints, tmp_path):
@@ -166,7 +186,12 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
         ({"tasks": ()}, "tasks: none"),
         ({"tasks": ("vt",)}, "lengths: none; vt needs one"),
         ({"tasks": ("vt",), "lengths": (0,)}, "1 token and more"),
-        ({"tasks": ("vt",), "lengths": (64,), "samples": 0}, "samples: 0"),
+        (
+            {"tasks": ("vt",), "lengths": (64,), "samples": -1},
+            "samples: -1; allowed: 1 and more, or 0",
+        ),
+        ({"tasks": ("vt",), "lengths": (64,), "num_keys": 50}, "values at most 40"),
+        ({"tasks": ("vt",), "lengths": (64,), "num_values": 0}, "1 and more, the larger"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -182,7 +207,7 @@ def test_groups_are_written_out():
 
 def test_invented_questions_make_no_mean():
     def result(name, **more):
-        return {"4096": {"score": 50.0, "parameters": {}} | more}
+        return {"4096": {"score": 50.0, "count": 100, "parameters": {}} | more}
 
     real = {name: result(name) for name in suite.GROUPS["ruler"]}
     assert suite.summary(real)["ruler"] == {"4096": 50.0}
@@ -192,6 +217,14 @@ def test_invented_questions_make_no_mean():
     }
     found = suite.summary(real | {"qa_1": result("qa_1", **invented)})
     assert "ruler" not in found and found["qa_1"] == {"4096": 50.0} and found["niah_m"]
+
+
+def test_a_part_of_a_file_makes_no_mean():
+    names = suite.GROUPS["longbench"]
+    whole = {name: {"all": {"score": 50.0, "count": 200, "of": 200}} for name in names}
+    assert suite.summary(whole)["longbench"] == {"all": 50.0}
+    part = whole | {names[0]: {"all": {"score": 50.0, "count": 100, "of": 200}}}
+    assert "longbench" not in suite.summary(part)
 
 
 def test_a_comparison_has_a_dash_for_what_was_not_asked():

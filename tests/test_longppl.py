@@ -6,7 +6,7 @@ import pytest
 
 from lrjax.errors import UserError
 from lrjax.evaluation.longppl import longppl
-from lrjax.evaluation.perplexity import sliding_window, token_losses
+from lrjax.evaluation.perplexity import opened, sliding_window, token_losses
 from lrjax.models.llama import LlamaConfig, init_params
 
 CONFIG = LlamaConfig(
@@ -85,3 +85,41 @@ def test_mistakes_are_named(params, documents):
         sliding_window(CONFIG, params, documents, 16, 16)
     with pytest.raises(UserError, match="document 0 has fewer"):
         sliding_window(CONFIG, params, [documents[0][:1]], 16, 4)
+
+
+def test_short_windows_begin_with_bos_within_their_length(params, documents):
+    bos = 7
+    opened_documents = [opened(document, [bos]) for document in documents]
+    context, stride, gain, floor = 16, 8, 0.01, -9.0
+    result = longppl(
+        CONFIG, params, opened_documents, context=context, stride=stride, gain=gain, floor=floor, opening=[bos],
+    )  # fmt: skip
+    key = []
+    for document in opened_documents:
+        whole = losses(params, document)
+        for start in range(0, len(document) - context, stride):
+            window = [bos, *document[start + 1 : start + context + stride]]
+            short = losses(params, np.array(window, np.int32))
+            for token in range(start + context, min(start + context + stride, len(document))):
+                before, after = short[token - start - 1], whole[token - 1]
+                if before - after > gain and -after > floor:
+                    key.append(after)
+    assert result["key_tokens"] == len(key) > 5 and result["bos"]
+    assert result["tokens"] == 50 + 64  # every token of the text, and never bos
+    assert result["longppl"] == pytest.approx(np.exp(np.mean(key)), rel=1e-4)
+
+    window, stride = 16, 15  # the widest stride: of a window, all but bos is told
+    result = sliding_window(CONFIG, params, opened_documents, window, stride, opening=[bos])
+    told = [
+        losses(params, np.array([bos, *document[start + 1 : start + window]], np.int32))
+        for document in opened_documents
+        for start in range(0, len(document) - 1, stride)
+    ]
+    assert result["tokens"] == sum(map(len, told)) == 50 + 64
+    assert result["nll"] == pytest.approx(np.mean(np.concatenate(told)), rel=1e-4)
+    for function in (
+        lambda: longppl(CONFIG, params, documents, context=16, opening=[bos]),
+        lambda: sliding_window(CONFIG, params, documents, 16, 4, opening=[bos]),
+    ):
+        with pytest.raises(UserError, match=r"allowed: with the opening, \[7\]"):
+            function()

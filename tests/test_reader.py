@@ -188,6 +188,9 @@ def test_a_stopped_run_asks_only_what_is_missing(tmp_path):
     other = small_task(samples=[Sample(0, "", "", ("else",))])
     with pytest.raises(UserError, match=r"small.jsonl, line 1: an answer to another question"):
         ask(other, answer, prompter, predictions=file)
+    samples = [sample._replace(input="Worded otherwise:") for sample in small_task().samples]
+    with pytest.raises(UserError, match=r"small.jsonl, line 1: an answer to another question"):
+        ask(small_task(samples=samples), answer, prompter, predictions=file)
 
 
 def test_no_prompt_is_cut_silently():
@@ -205,7 +208,7 @@ def test_no_prompt_is_cut_silently():
     result = ask(small_task(cut=True), answer, prompter, limit=30)
     assert result["cut"] == 4 and lengths == [27] * 4
     sample = small_task().samples[0]
-    text = byte_tokenizer().decode(cut_middle(sample, prompter, 27))
+    text = byte_tokenizer().decode(cut_middle(sample, prompter, 27)[1])
     assert text.startswith("text number") and text.endswith("while ->") and len(text) == 27
     with pytest.raises(UserError, match="fewer than what is around"):
         cut_middle(sample, prompter, 3)

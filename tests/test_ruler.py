@@ -198,6 +198,12 @@ def test_jsonl_goes_out_and_comes_back(made, tmp_path):
         row
     )
     assert read_samples(path) == task.samples
+    # RULER's own niah files have the place of the answer there, which may come twice.
+    theirs = tmp_path / "theirs.jsonl"
+    write_jsonl(theirs, (sample.row() | {"index": 417} for sample in task.samples))
+    samples = read_samples(theirs)
+    assert [sample.index for sample in samples] == list(range(len(task.samples)))
+    assert {sample.extra["others"]["id"] for sample in samples} == {417}
     with open(path, "a") as file:
         file.write('{"index": 3,\n')
     with pytest.raises(UserError, match=r"validation.jsonl, line 4: not JSON"):

@@ -30,6 +30,7 @@ from lrjax.evaluation.reader import Reader, answers
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise UserError(
         f"lm-evaluation-harness is not installed ({error}); allowed: pip install -r requirements-eval.txt"
@@ -131,21 +132,24 @@ class LrjaxLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-        """Log-probability of whole texts, in windows of max_length that overlap by a half, each token once."""
+        """Log-probability of whole texts, each token once, in the windows of the harness's own models.
+
+        A window tells max_length tokens after the last one of the window before; the last one is filled up with
+        tokens before its own.
+        """
         found = []
         for request in requests:
             (text,) = request.args
-            ids = np.asarray([self.prefix_token_id, *self.tok_encode(text, False)], np.int32)
-            total, told = 0.0, 1
-            step = max(self.max_length // 2, 1)
-            for start in range(0, len(ids), step):
-                piece = ids[start : start + self.max_length]
-                new = start + len(piece) - told
-                if new <= 0:
-                    break
-                ((nll, _),) = token_losses(self.config, self.params, [piece])
-                total -= nll[-new:].sum()
-                told += new
+            windows = get_rolling_token_windows(
+                self.tok_encode(text, False), self.prefix_token_id, self.max_length, context_len=1
+            )
+            pairs = [make_disjoint_window(pair) for pair in windows]
+            total = 0.0
+            if pairs:  # an empty text has none
+                pieces = [np.asarray([*context, *told], np.int32) for context, told in pairs]
+                losses = token_losses(self.config, self.params, pieces, batch_size=self._batch_size)
+                for (nll, _), (_, told) in zip(losses, pairs, strict=True):
+                    total -= nll[-len(told) :].sum()
             found.append(float(total))
         return found
 

@@ -33,8 +33,6 @@ def make(path, *, run_code: bool, count: int = 0) -> Task:
         raise UserError(f"{path}: is compressed; allowed: unpacked (gunzip)")
     samples = []
     for number, row in read_jsonl(path):
-        if count and len(samples) == count:
-            break
         for field in ("prompt", "test", "entry_point", "canonical_solution"):
             if not isinstance(row.get(field), str):
                 raise UserError(f"{path}, line {number}: {field!r} has to be there, as text")
@@ -50,10 +48,13 @@ def make(path, *, run_code: bool, count: int = 0) -> Task:
         )
     return Task(
         name="humaneval",
-        samples=samples,
+        samples=samples[: count or None],
         max_new_tokens=MAX_NEW_TOKENS,
         score=passes,
-        about={"benchmark": "humaneval", "file": pathlib.Path(path).name, "seed": None, "template": "the prompt"},
+        about={
+            "benchmark": "humaneval", "file": pathlib.Path(path).name, "of": len(samples), "seed": None,
+            "template": "the prompt",
+        },
         stop=STOP,
         chat=False,
     )  # fmt: skip

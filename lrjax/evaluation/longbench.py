@@ -84,8 +84,6 @@ def make(
     budget = int(wording["max_new_tokens"][name])
     samples = []
     for number, row in read_jsonl(path):
-        if count and len(samples) == count:
-            break
         for field, kind in (("input", str), ("context", str), ("answers", list)):
             if not isinstance(row.get(field), kind):
                 raise UserError(
@@ -98,12 +96,12 @@ def make(
         raise UserError(f"{path}: there is no row")
     return Task(
         name=name + ("_e" if e else ""),
-        samples=samples,
+        samples=samples[: count or None],
         max_new_tokens=budget,
         score=functools.partial(_score, name),
         about={
             "benchmark": "longbench_e" if e else "longbench", "template": template, "wording": wording["source"],
-            "file": path.name, "seed": None,
+            "file": path.name, "of": len(samples), "seed": None,
         },
         groups=_buckets if e else None,
         cut=True,

@@ -43,15 +43,11 @@ def make(name: str, folder, prompter: Prompter, wording: Mapping, *, count: int 
         try:
             asked = _questions(row)
             for question, answer in asked:
-                if count and len(samples) == count:
-                    break
                 text = template.format(input=row["input"], Q=question)
                 extra = {"masks": answer, "weight": len(answer)} if cloze else {}
                 samples.append(Sample(len(samples), text, "", (str(answer),), extra=extra))
         except (KeyError, TypeError, ValueError, SyntaxError) as error:
             raise UserError(f"{path}, line {number}: not a row of LooGLE: {error!r}") from error
-        if count and len(samples) == count:
-            break
     more = {
         "bleu_1": functools.partial(_against, functools.partial(metrics.bleu, n=1)),
         "bleu_4": functools.partial(_against, functools.partial(metrics.bleu, n=4)),
@@ -60,13 +56,13 @@ def make(name: str, folder, prompter: Prompter, wording: Mapping, *, count: int 
     }
     return Task(
         name=name,
-        samples=samples,
+        samples=samples[: count or None],
         max_new_tokens=int(wording["max_new_tokens"][name]),
         score=_exact_match if cloze else functools.partial(_against, functools.partial(metrics.rouge_l, part="r")),
         more={"partial_match": _partial_match} if cloze else more,
         about={
             "benchmark": "loogle", "template": template, "wording": wording["source"], "file": path.name,
-            "seed": None, "metric": "exact match of masks" if cloze else "ROUGE-L recall",
+            "of": len(samples), "seed": None, "metric": "exact match of masks" if cloze else "ROUGE-L recall",
         },
         cut=True,
     )  # fmt: skip

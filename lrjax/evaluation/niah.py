@@ -124,7 +124,8 @@ def evaluate(
       {"accuracy": {length: share}, "interval": {length: [low, high]} (95 %, Wilson), "overall",
       "overall_interval", "nll": {length: nats}, "cells": [{"length", "depth", "correct", "count", "nll"}],
       "samples": [{"length", "depth", "needle", "prompt_tail", "expected", "generated", "nll"}],
-      "template", "seed", "tokens"}: ready for JSON, lengths as text. nll is a mean over the answers' tokens.
+      "template", "seed", "tokens", "bos" (`add_bos`)}: ready for JSON, lengths as text. nll is a mean over the
+      answers' tokens.
       A sample's "generated" goes as far as the answer; with `fast`, what follows a wrong token is conditioned
       on the right one.
 
@@ -269,4 +270,5 @@ def _summary(task, asked, tokenizer, seed) -> dict:
         "template": {"needle": task.needle, "question": task.question},
         "seed": seed,
         "tokens": sum(prompt.length for prompt, _, _ in asked),
+        "bos": task.add_bos,
     }

@@ -4,9 +4,10 @@
     result["buckets"][0]        # {"start": 0, "stop": 2048, "nll", "perplexity", "interval", "documents", "tokens"}
     short_loss(config, params, documents, window=2048)["nll"]
 
-Documents are arrays of token ids. A long one is read through the key/value cache in chunks, so that memory holds the
-cache and one chunk's activations; what fits into a chunk is read in one pass. Logits never exist for more than a
-few tokens at a time (`lrjax.models.head`).
+Documents are arrays of token ids, each with what the tokenizer puts before a text (`opened`): the first token, before
+which there is nothing, is not predicted. A long one is read through the key/value cache in chunks, so that memory
+holds the cache and one chunk's activations; what fits into a chunk is read in one pass. Logits never exist for more
+than a few tokens at a time (`lrjax.models.head`).
 """
 
 import functools
@@ -124,6 +125,7 @@ def sliding_window(
     stride: int,
     *,
     batch_size: int = 1,
+    opening: Sequence[int] = (),
 ) -> dict:
     """Perplexity when every token is told from the `window - stride` to `window` tokens before it.
 
@@ -133,14 +135,16 @@ def sliding_window(
     Args:
       documents: token ids, int32 [L] each.
       window: tokens that the model sees at a time.
-      stride: tokens between the starts of two windows, at most the window.
+      stride: tokens between the starts of two windows, less than the window.
+      opening: what every document begins with (`opening_ids`); every window begins with it, too, within its length.
 
     Returns:
       {"nll" (nats), "perplexity", "interval" (95 %, of the perplexity, over documents; None for a single one),
       "window", "stride", "documents", "tokens" (told)}.
 
     Raises:
-      UserError: as `perplexity_by_position`; a stride that is not from 1 to the window.
+      UserError: as `perplexity_by_position`; a stride that is not from 1 to the window; a document that
+        does not begin with the opening.
     """
     if not 1 <= stride < window:
         raise UserError(
@@ -148,6 +152,7 @@ def sliding_window(
         )
     if short := [index for index, document in enumerate(documents) if len(document) < 2]:
         raise UserError(f"document {short[0]} has fewer than 2 tokens; allowed: 2 and more")
+    check_opening(documents, opening)
     pieces, owners, new = [], [], []
     for index, document in enumerate(documents):
         told = 1  # the first token is told by nothing
@@ -155,7 +160,7 @@ def sliding_window(
             stop = min(start + window, len(document))
             if stop <= told:
                 break
-            pieces.append(document[start:stop])
+            pieces.append(reopened(document[start:stop], opening))
             owners.append(index)
             new.append(stop - told)
             told = stop
@@ -174,6 +179,27 @@ def sliding_window(
         "documents": len(documents),
         "tokens": int(counts.sum()),
     }
+
+
+def opened(ids: np.ndarray, opening: Sequence[int]) -> np.ndarray:
+    """The tokenizer's opening (`opening_ids`: bos, or nothing), then the ids; int32 [len(opening) + L]."""
+    return np.concatenate([np.asarray(opening, np.int32), np.asarray(ids, np.int32)])
+
+
+def reopened(window: np.ndarray, opening: Sequence[int]) -> np.ndarray:
+    """A window of a document with the opening in place of its first tokens; int32, as long as before."""
+    return opened(window[len(opening) :], opening)
+
+
+def check_opening(documents: Sequence[np.ndarray], opening: Sequence[int]) -> None:
+    """Raises `UserError` for an opening of more than one token, and for a document that does not begin with it."""
+    if len(opening) > 1:
+        raise UserError(f"opening: {list(opening)}; allowed: one token (bos) or none")
+    for index, document in enumerate(documents):
+        if not np.array_equal(document[: len(opening)], opening):
+            raise UserError(
+                f"document {index} begins with token {document[0]}; allowed: with the opening, {list(opening)}"
+            )
 
 
 def token_losses(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -91,35 +91,36 @@ def ask(
 
     Args:
       limit: most tokens of prompt and budget that the model takes.
-      predictions: jsonl of the answers; None keeps them in memory.
+      predictions: jsonl of the answers; None keeps them in memory. They are of one model and one way of asking: of
+        those the caller keeps watch, here only prompts and references are compared.
       progress: called with (answers there, questions).
 
     Returns:
       {"task", "score" (0 to 100), "interval" (95 %, Wilson), "count", "empty" (answers without text), "cut" (prompts
-      cut in the middle), "tokens" (of the prompts), "max_new_tokens", "chat_template", "samples": [{"prompt",
-      "answer", "outputs", "score"}] and what the task says about itself}.
+      cut in the middle), "tokens" (of the prompts), "max_new_tokens", "limit", "chat_template", "samples": [{"prompt"
+      (as the model got it), "cut", "answer", "outputs", "score"}] and what the task says about itself}.
 
     Raises:
       UserError: a prompt with its budget over the limit in a task that does not cut; a predictions file of other
         samples, or with a broken line.
     """
     asker = prompter if task.chat else dataclasses.replace(prompter, chat=False)
-    prompts, cut = {}, 0
+    prompts, texts, cut = {}, {}, set()
     for sample in task.samples:
-        tokens = asker.tokens(sample)
+        asked, tokens = sample, asker.tokens(sample)
         if limit is not None and len(tokens) + task.max_new_tokens > limit:
             if not task.cut:
                 raise UserError(
                     f"{task.name}: sample {sample.index} has {len(tokens)} tokens and a budget of "
                     f"{task.max_new_tokens}; the limit is {limit}"
                 )
-            tokens = cut_middle(sample, asker, limit - task.max_new_tokens)
-            cut += 1
-        prompts[sample.index] = tokens
+            asked, tokens = cut_middle(sample, asker, limit - task.max_new_tokens)
+            cut.add(sample.index)
+        prompts[sample.index], texts[sample.index] = tokens, asker.text(asked)
     if len(prompts) < len(task.samples):
         raise UserError(f"{task.name}: two samples have the same index")
 
-    done = _read_done(predictions, task) if predictions else {}
+    done = _read_done(predictions, task, texts) if predictions else {}
     missing = [sample for sample in task.samples if sample.index not in done]
     if done:
         logging.info("%s: %d of %d answers are there", task.name, len(done), len(task.samples))
@@ -130,17 +131,23 @@ def ask(
             done[sample.index] = text
             append(
                 {
-                    "index": sample.index, "pred": text, "input": asker.text(sample),
-                    "outputs": list(sample.outputs), "others": {}, "truncation": -1, "length": sample.length,
+                    "index": sample.index, "pred": text, "input": texts[sample.index],
+                    "outputs": list(sample.outputs), "others": sample.extra.get("others", {}),
+                    "truncation": int(sample.index in cut) or -1, "length": sample.length,
                 }
             )  # fmt: skip
             if progress:
                 progress(len(done), len(task.samples))
-    return summed_up(task, asker, done, cut, sum(map(len, prompts.values())))
+    about = {
+        "tokens": sum(map(len, prompts.values())), "limit": limit, "chat_template": asker.template,
+    }  # fmt: skip
+    return summed_up(task, done, texts, cut) | about
 
 
-def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) -> dict:
-    """The result of `ask` out of the answers by index."""
+def summed_up(
+    task, done: Mapping[int, str], texts: Mapping[int, str], cut: Collection[int]
+) -> dict:
+    """The result of `ask` out of answers and prompts by index, but for what it says of the asking."""
     samples = task.samples
     scores = {s.index: task.score(done[s.index], s) for s in samples}
     weights = {s.index: s.extra.get("weight", 1) for s in samples}
@@ -157,11 +164,9 @@ def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) ->
         "interval": [100 * end for end in wilson_interval(total, count)],
         "count": count,
         "empty": sum(not done[sample.index].strip() for sample in samples),
-        "cut": cut,
-        "tokens": tokens,
+        "cut": len(cut),
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
-        "chat_template": prompter.template,
         **task.about,
     }
     if task.more:
@@ -184,7 +189,7 @@ def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) ->
     return result | {
         "samples": [
             {
-                "prompt": prompter.text(sample), "answer": done[sample.index],
+                "prompt": texts[sample.index], "cut": sample.index in cut, "answer": done[sample.index],
                 "outputs": list(sample.outputs), "score": scores[sample.index],
             }
             for sample in samples[:SHOWN]
@@ -192,8 +197,8 @@ def summed_up(task, prompter, done: Mapping[int, str], cut: int, tokens: int) ->
     }  # fmt: skip
 
 
-def cut_middle(sample: Sample, prompter: Prompter, room: int) -> np.ndarray:
-    """The prompt with the middle of its input left out, `room` tokens at most.
+def cut_middle(sample: Sample, prompter: Prompter, room: int) -> tuple[Sample, np.ndarray]:
+    """The sample with the middle of its input left out, and its prompt of `room` tokens at most.
 
     As LongBench does it: the first and the last half of the room, as text, then in the chat template.
     """
@@ -203,14 +208,15 @@ def cut_middle(sample: Sample, prompter: Prompter, room: int) -> np.ndarray:
     half = (room - frame) // 2
     while half > 0:
         text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half :])
-        tokens = prompter.tokens(sample._replace(input=text))
+        shorter = sample._replace(input=text)
+        tokens = prompter.tokens(shorter)
         if len(tokens) <= room:
-            return tokens
+            return shorter, tokens
         half -= 1  # the seam may take a token more than the two halves
     raise UserError(f"sample {sample.index}: {room} tokens are fewer than what is around its text")
 
 
-def _read_done(path, task: Task) -> dict[int, str]:
+def _read_done(path, task: Task, texts: Mapping[int, str]) -> dict[int, str]:
     """Answers that are there: {index: text}. A last line that a stop left unfinished is taken off."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -225,7 +231,8 @@ def _read_done(path, task: Task) -> dict[int, str]:
     done = {}
     for number, row in read_jsonl(path):
         sample = known.get(row.get("index"))
-        if sample is None or list(sample.outputs) != row.get("outputs"):
+        same = sample is not None and list(sample.outputs) == row.get("outputs")
+        if not same or row.get("input") != texts[sample.index]:
             raise UserError(
                 f"{path}, line {number}: an answer to another question than {task.name} asks now; "
                 "remove the file or choose another --out"

@@ -43,7 +43,10 @@ _FIELDS = ("index", "input", "outputs", "length", "length_w_model_temp", "answer
 
 
 def read_samples(path) -> list[Sample]:
-    """The samples of a jsonl file of RULER's or ours.
+    """The samples of a jsonl file of RULER's or ours, numbered by their line.
+
+    RULER's own "index" may come twice (its niah.py writes the place of the answer there); it is kept as others.id,
+    where its scripts look for it.
 
     Raises:
       UserError: no such file, a line that is not JSON or lacks index, input or outputs (file and line number).
@@ -54,9 +57,11 @@ def read_samples(path) -> list[Sample]:
             if not isinstance(row.get(name), kind):
                 raise UserError(f"{path}, line {number}: {name!r} has to be there, as {kind}")
         extra = {name: value for name, value in row.items() if name not in _FIELDS}
+        if row["index"] != len(samples):
+            extra["others"] = {"id": row["index"]} | extra.get("others", {})
         samples.append(
             Sample(
-                row["index"], row["input"], row.get("answer_prefix", ""), tuple(row["outputs"]),
+                len(samples), row["input"], row.get("answer_prefix", ""), tuple(row["outputs"]),
                 row.get("length", -1), extra,
             )
         )  # fmt: skip

@@ -13,7 +13,16 @@ from absl import logging
 
 from lrjax.data import pypi_texts
 from lrjax.errors import UserError
-from lrjax.evaluation import depths, humaneval, longbench, loogle, readings, ruler, wording
+from lrjax.evaluation import (
+    depths,
+    humaneval,
+    longbench,
+    loogle,
+    readings,
+    ruler,
+    ruler_tasks,
+    wording,
+)
 from lrjax.evaluation.questions import Task
 from lrjax.evaluation.ruler_material import Material
 from lrjax.evaluation.samples import Prompter, Sample
@@ -27,6 +36,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "loogle": tuple(f"loogle:{name}" for name in loogle.SUBSETS),
     "needles": depths.KINDS,
 }
+MEASURED = 100  # samples of a task that is made to a length, unless a number is given
+NEEDLES = len(ruler_tasks.DEPTHS)  # that fit one haystack
 NAMES = tuple(
     dict.fromkeys(
         [
@@ -46,7 +57,9 @@ class Options:
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...] = ()  # tokens, for the tasks that are made to measure
-    samples: int = 100  # of each task and length (needles: of each depth); of benchmarks from files the first so many
+    # Of each task and length (needles: of each depth), of benchmarks from files the first so many; 0: 100, and all of
+    # the files.
+    samples: int = 0
     seed: int = 42
     depths: tuple[float, ...] = depths.DEPTHS
     together: bool = False  # the needles of all depths in one haystack
@@ -69,13 +82,26 @@ class Options:
                 raise UserError(f"tasks: unknown task {name!r}; allowed: {', '.join(NAMES)}")
         if not self.tasks:
             raise UserError(f"tasks: none; allowed: {', '.join(NAMES)}")
-        if self.samples < 1:
-            raise UserError(f"samples: {self.samples}; allowed: 1 and more")
+        if self.samples < 0:
+            raise UserError(
+                f"samples: {self.samples}; allowed: 1 and more, or 0: {MEASURED}, and all of a benchmark from files"
+            )
+        counts = self.num_keys, self.num_values, self.num_queries
+        if min(counts) < 1 or max(self.num_keys, self.num_queries) * self.num_values > NEEDLES:
+            raise UserError(
+                f"num_keys, num_values, num_queries: {counts}; allowed: 1 and more, the larger of keys and queries "
+                f"times values at most {NEEDLES}"
+            )
         if any(length < 1 for length in self.lengths):
             raise UserError(f"lengths: {self.lengths}; allowed: 1 token and more")
         measured = [name for name in self.names() if is_measured(name)] + self.readings()
         if measured and not self.lengths:
             raise UserError(f"lengths: none; {measured[0]} needs one and more")
+
+    @property
+    def measured(self) -> int:
+        """Samples of a task that is made to a length."""
+        return self.samples or MEASURED
 
     def names(self) -> list[str]:
         """The tasks with the groups written out, each once."""
@@ -130,7 +156,7 @@ class Suite:
         o = self.options
         if name in depths.KINDS:
             return depths.make(
-                name, length, self._prompter, pypi_texts.essays(), count=o.samples, depths=o.depths,
+                name, length, self._prompter, pypi_texts.essays(), count=o.measured, depths=o.depths,
                 together=o.together, seed=o.seed,
             )  # fmt: skip
         benchmark, _, subset = name.partition(":")
@@ -162,7 +188,7 @@ class Suite:
             self._prompter,
             self._material,
             words,
-            count=o.samples,
+            count=o.measured,
             seed=o.seed,
             params=params,
         )
@@ -176,7 +202,8 @@ class Suite:
 def summary(results: Mapping[str, Mapping[str, Mapping]]) -> dict:
     """{task: {length: score}} and the benchmarks' means, of {task: {length: result of questions.ask}}.
 
-    A length is text; benchmarks from files have "all". The mean of RULER is made of the real question files only.
+    A length is text; benchmarks from files have "all". The mean of RULER is made of the real question files only, those
+    of the others of whole files.
     """
     figures = {
         task: {length: result["score"] for length, result in by_length.items()}
@@ -187,7 +214,8 @@ def summary(results: Mapping[str, Mapping[str, Mapping]]) -> dict:
         at = {
             task: by_length[length]
             for task, by_length in results.items()
-            if length in by_length and not invented(by_length[length])
+            if length in by_length
+            and not (invented(by_length[length]) or partial(by_length[length]))
         }
         scores = {task: result["score"] for task, result in at.items()}
         for name, value in ruler.averages(scores).items():
@@ -214,6 +242,11 @@ def invented(result: Mapping) -> bool:
     sources = result.get("sources", {})
     dataset = result.get("parameters", {}).get("dataset")
     return dataset is not None and sources.get(dataset, "").startswith("invented")
+
+
+def partial(result: Mapping) -> bool:
+    """Whether only the first questions of a file were asked."""
+    return result["count"] < result.get("of", 0)
 
 
 def best_limit(task: Task, window: int, limit: int | None) -> int:

@@ -5,7 +5,7 @@ section("ruler", {"base": results, "extended": results})         # Markdown; res
 
 from collections.abc import Mapping, Sequence
 
-from lrjax.evaluation import depths
+_KEPT = ("tasks", "lengths", "samples", "seed", "squad", "hotpotqa", "ruler_dir")
 
 
 def section(title: str, found: Mapping[str, Mapping]) -> str:
@@ -58,18 +58,16 @@ def _commits(notes: Sequence[Mapping]) -> str:
 
 
 def _command(one: Mapping) -> str:
-    options = one["options"]
-    flags = {
-        "tasks": ",".join(options["tasks"]),
-        "lengths": ",".join(map(str, options["lengths"])),
-        "samples": options["samples"],
-        "seed": options["seed"],
-    }
-    if set(options["tasks"]) & {"needles", *depths.KINDS}:
-        flags["depths"] = ",".join(map(str, options["depths"]))
-    flags |= {name: options[name] for name in ("squad", "hotpotqa", "ruler_dir") if options[name]}
-    given = " ".join(f"--{name}={value}" for name, value in flags.items())
+    """The command with every flag that was given; evaluations stored before November 2026 have their options only."""
+    flags = one.get("flags")
+    if flags is None:
+        flags = {name: value for name, value in one["options"].items() if value and name in _KEPT}
+    given = " ".join(f"--{name}={_text(value)}" for name, value in flags.items())
     return f"`python -m lrjax.evaluate CHECKPOINT ... {given} --out=DIR`"
+
+
+def _text(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _line(cells: Sequence[str]) -> str:
