@@ -67,6 +67,7 @@ def write(config, workdir) -> None:
         content["impact"] = {
             "classes": analysis["classes"],
             "documents": _impact_documents(config, workdir),
+            "frequency": analysis["frequency"],
         }
     if curve := _optional(workdir / "evaluation" / "merge_curve.json"):
         content["merge_curve"] = curve

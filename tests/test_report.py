@@ -128,6 +128,13 @@ def content():
                     "marks": [False, False, True, False],
                 }
             ],
+            "frequency": {
+                "start": [1, 129, 257],
+                "classes": {
+                    name: {"share": [share, share, None], "low": [0.1, 0.1, None], "high": [0.9, 0.9, None]}
+                    for name, share in (("number", 0.4), ("word", 0.6))
+                },
+            },
         },
         "merge_curve": [
             {"base_weight": weight, "niah": niah(1.0, 1 - weight), "short": {"a": {"nll": 2.0}}}
@@ -149,7 +156,7 @@ def test_page_is_closed_and_brings_everything_with_it(tmp_path, content):
     assert path == tmp_path / "report" / "index.html"
     page = Page(path.read_text())
     sources = list(page.images())
-    assert len(sources) == 2 * 8  # every picture, light and dark
+    assert len(sources) == 2 * 9  # every picture, light and dark
     for source in sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -164,6 +171,7 @@ def test_page_is_closed_and_brings_everything_with_it(tmp_path, content):
         "needle",
         "perplexity",
         "positions",
+        "classes",
         "losses",
         "merge",
         "frontier",
@@ -253,7 +261,7 @@ def test_same_run_gives_the_same_bytes(tmp_path, content):
     for name in ("a", "b"):
         write_report(make_workdir(tmp_path / name), content)
     files = sorted(path.name for path in (tmp_path / "a" / "report").iterdir())
-    assert len(files) == 2 + 2 * 8
+    assert len(files) == 2 + 2 * 9
     for name in files:
         one, other = ((tmp_path / run / "report" / name).read_bytes() for run in "ab")
         assert one == other, name

@@ -259,6 +259,42 @@ def _pair_distances(positions: np.ndarray, most: int = 400) -> np.ndarray:
 
 
 @_picture
+def class_frequency(frequency: Mapping, most: int = 6):
+    """The share of each class among the most changed tokens over the position, with its interval (the paper's figure of
+    section 3): the classes that are most frequent there.
+
+    Args:
+        frequency: {"start": first position of each range, "classes": {name: {"share", "low", "high"}}}, None where a
+            range has no such token (`lrjax.longrecipe.frequency.class_frequency`).
+        most: classes to draw.
+    """
+    figure, (ax,) = _axes(1, 1, 3.2)
+
+    def values(row, name):
+        return 100 * np.array([np.nan if v is None else v for v in row[name]])
+
+    classes = frequency["classes"]
+    names = sorted(classes, key=lambda name: -np.nanmean(values(classes[name], "share")))[:most]
+    for index, name in enumerate(names):
+        share, low, high = (values(classes[name], key) for key in ("share", "low", "high"))
+        ax.plot(frequency["start"], share, label=name, **_line_style(index))
+        ax.fill_between(
+            frequency["start"],
+            low,
+            high,
+            color=COLOURS[index % len(COLOURS)],
+            alpha=0.18,
+            linewidth=0,
+        )
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("of the most changed tokens, %")
+    ax.set_xlabel("position in the document")
+    _count_axis(ax.xaxis)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+@_picture
 def loss_curves(panels: Mapping[str, Mapping[str, Sequence]]):
     """Training loss by step.
 

@@ -29,7 +29,7 @@ OPTIONAL = {
 }  # fmt: skip
 SUMMARY = ("config", "devices", "stages", "evaluation", "impact", "positions")
 PICTURES = (
-    "methods", "needle", "perplexity", "positions", "losses", "merge", "frontier", "stages",
+    "methods", "needle", "perplexity", "positions", "classes", "losses", "merge", "frontier", "stages",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def write_report(workdir, content: Mapping) -> pathlib.Path:
                 perhaps "sentences", the share of the sentences that hold it; "documents":
                 [{"id", "tokens": texts [L], "scores": [L] (None or NaN: not predicted), "top": bools [L],
                 "classes": names [L], "marks": bools [L], "separator": text between tokens}]}; in a document
-                only tokens and scores are needed.
+                only tokens and scores are needed; "frequency", as `frequency.class_frequency` returns it.
             "merge_curve": [{"base_weight", "niah": as above, "short": {source: {"nll"}}}].
             "loss_panels": {title: {label: stage in metrics.jsonl}}; without it each stage has a panel.
 
@@ -134,6 +134,8 @@ def _drawings(content: Mapping, loss_rows: list[dict]) -> dict:
             int(max(s)) for drawn in samples.values() for s in drawn
         )
         add("positions", plots.position_plots, samples, window, target)
+    if frequency := content["impact"].get("frequency"):
+        add("classes", plots.class_frequency, frequency)
     if panels := tables.loss_panels(loss_rows, content["loss_panels"]):
         add("losses", plots.loss_curves, panels)
     if content["merge_curve"]:
