@@ -55,13 +55,13 @@ def get_config(variant: str = ""):
     )
     config.evaluate.short.update(sources={"essays": "essays"}, documents=4, length=2048)
     if variant == "quick":
-        _make_quick(config)
+        make_quick(config)
     elif variant:
         raise UserError(f"configs/smollm2_135m.py: variant {variant!r}; allowed: none, quick")
     return config.lock()
 
 
-def _make_quick(config):
+def make_quick(config):
     """Enough steps to pass through every stage; its figures mean nothing."""
     config.window, config.target_length, config.train_length = 512, 1024, 307
     config.data.samples = 6
@@ -70,12 +70,14 @@ def _make_quick(config):
     config.replay.length = 256
     config.score.update(samples=2, length=1024)
     # Two documents and two steps of the probe say too little about classes to hold on to.
-    config.methods.longrecipe.selection = "digits"
+    for name in config.methods:
+        if config.methods[name].selection.startswith("anchor"):
+            config.methods[name].selection = "digits"
     for name in ("contiguous", "pose"):
         del config.methods[name]
     config.evaluate.niah.update(lengths=(1024,), depths=(0.5,))
     config.evaluate.suite.update(tasks=("vt",), lengths=(1024,), samples=1)
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))
     config.evaluate.short.update(documents=1, length=256)
-    config.merge.curve = (0.5,)
+    config.merge.curve = config.merge.curve and (0.5,)
     config.evaluate.checkpoints = ("merged",)

@@ -30,13 +30,14 @@ FILES = sorted(
     file for file in (ROOT / "configs" / "experiments").glob("*.py") if file.stem != "setting"
 )
 NAMES = [file.stem for file in FILES]
+TINY = [name for name in NAMES if name != "smollm2"]  # of setting.build
 shares = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=2, max_size=6)
 
 
 # ------------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_every_arm_is_a_config_whose_claims_name_its_rows(name):
     module = importlib.import_module(f"configs.experiments.{name}")
     command = f"python -m lrjax.experiment --config=configs/experiments/{name}.py "
@@ -69,7 +70,7 @@ def test_every_arm_is_a_config_whose_claims_name_its_rows(name):
         module.get_config("nonsense")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_methods_train_on_equal_tokens_unless_their_name_says_flops(name):
     module = importlib.import_module(f"configs.experiments.{name}")
     for arm in module.ARMS:
@@ -89,6 +90,26 @@ def test_methods_train_on_equal_tokens_unless_their_name_says_flops(name):
             )
             assert method.steps == -1
             assert batch * length == pytest.approx(16 * 154, rel=0.05), (arm, key)
+
+
+def test_the_real_models_arms():
+    from configs.experiments import smollm2
+
+    for arm in smollm2.ARMS:
+        config = smollm2.get_config(arm)
+        config_lib.check(config)
+        config_lib.check(smollm2.get_config(f"{arm},smoke"))
+        niah = config.evaluate.niah
+        assert len(niah.depths) * niah.samples_per_cell >= 15
+        assert max(niah.lengths) == config.target_length == config.evaluate.perplexity.buckets[-1]
+        # Every method: 0.5M tokens.
+        assert {config.methods[name].steps for name in config.methods} == {-1}
+        assert config.extend.steps * config.train_length == pytest.approx(525_000, rel=0.02)
+        rows = {"base", "replayed", "merged", *config.methods}
+        for claim in smollm2.CLAIMS:
+            assert {claim["better"], claim["worse"]} <= rows
+    with pytest.raises(UserError, match="allowed: none, 16k, 32k, smoke"):
+        smollm2.get_config("nonsense")
 
 
 def test_equal_flops():
