@@ -271,6 +271,10 @@ def _check_asked(folder: pathlib.Path, config, params, path: str) -> None:
     }  # fmt: skip
     asked = json.loads(json.dumps(asked))
     file = folder / "asked.json"
+    if not file.is_file() and any(folder.glob("*/pred/*.jsonl")):
+        raise UserError(
+            f"{folder}: there are answers, and no asked.json says of which weights; allowed: another --out"
+        )
     before = wd.read_json(file) if file.is_file() else asked
     for name in asked:
         if before.get(name) != asked[name]:
@@ -293,12 +297,12 @@ def fingerprint(params) -> str:
 def _given(options, prompter, name: str, length: int | None) -> questions.Task:
     """A task with the samples of --samples_dir."""
     folder = pathlib.Path(_SAMPLES_DIR.value)
-    file = folder / str(length) / name / "validation.jsonl"
+    file = folder / str(length or "all") / _file(name) / "validation.jsonl"
     if not file.is_file():
-        file = folder / name / "validation.jsonl"
-        if len(options.lengths) > 1:
+        file = folder / _file(name) / "validation.jsonl"
+        if length and len(options.lengths) > 1:
             raise UserError(
-                f"--samples_dir={folder}: no {length}/{name}/validation.jsonl; allowed without folders of "
+                f"--samples_dir={folder}: no {length}/{_file(name)}/validation.jsonl; allowed without folders of "
                 f"lengths: one --lengths, not {len(options.lengths)}"
             )
     samples = read_samples(file)[: options.samples or None]

@@ -272,7 +272,9 @@ def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
             result["invented"] = suite.invented(result)
             result.pop("samples", None)
         found["checkpoint"] = _without_folders(found["checkpoint"])
-        for given in ("options", "flags"):
+        if "longppl" in found:
+            found["longppl"]["evaluator"] = _without_folders(found["longppl"]["evaluator"])
+        for given in {"options", "flags"} & found.keys():
             found[given] = {
                 key: _without_folders(value) if isinstance(value, str) else value
                 for key, value in found[given].items()

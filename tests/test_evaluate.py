@@ -145,6 +145,9 @@ def test_answers_of_another_model_or_way_of_asking_are_not_taken(checkpoints, tm
     (tmp_path / "model0").rename(tmp_path / "model1")
     with pytest.raises(UserError, match="asked with weights '"):
         run(checkpoints[1], *command)
+    (tmp_path / "model1" / "asked.json").unlink()
+    with pytest.raises(UserError, match="there are answers, and no asked.json"):
+        run(checkpoints[1], *command)
 
 
 def test_texts_are_read(checkpoints, tmp_path):

@@ -81,6 +81,8 @@ def test_token_stats(tied, chunk):
     np.testing.assert_allclose(stats["mean_logit"], logits_BLV.mean(-1), atol=1e-5)
     np.testing.assert_allclose(stats["logprob"], picked(jax.nn.log_softmax(logits_BLV)), atol=1e-5)
     np.testing.assert_array_equal(stats["argmax"], logits_BLV.argmax(-1))
+    nan = head.token_stats(params, x_BLD * jnp.nan, targets_BL)["argmax"]
+    assert (nan == 0).all()  # a token of the vocabulary all the same
     assert all(value.shape == (B, L) for value in stats.values())
 
 

@@ -3,8 +3,8 @@
     python -m lrjax.experiment --config=configs/experiments/smollm2.py --seeds=0-2 --workdir=runs/experiments
 
 The main rows of configs/smollm2_135m.py (`make showcase`) at thirteen times its training: every method starts from the
-published weights with the same raised RoPE base and sees as many tokens of the King James Bible; needles are hidden in
-essays, 15 for each length. `longrecipe_spread` takes its anchor sentences from everywhere, because nearly every
+published weights with the same raised RoPE base and sees as many tokens of the King James Bible (selections of its books,
+about twice over); needles are hidden in essays, 15 for each length. `longrecipe_spread` takes its anchor sentences from everywhere, because nearly every
 sentence of this text is one (docs/analysis.md). From the speed of the showcase, a seed at 16k is about 7 hours on two
 cores, at 32k more: runs are left over night in pieces, and every one goes on where it was stopped (`--arms=16k` for one
 arm).
@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
     config.name = "smollm2"
     target = 1024 * int(arm[:-1])
     config.target_length, config.train_length = target, round(0.3 * target)
-    config.data.samples = 2**20 // target  # a million tokens
+    config.data.samples = {"16k": 48, "32k": 30}[arm]  # all that the text makes
     config.score.samples = 16
     config.extend.update(steps=round(TOKENS / config.train_length), warmup_steps=10, log_every=5)
     config.methods = {

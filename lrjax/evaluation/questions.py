@@ -105,7 +105,7 @@ def ask(
         samples, or with a broken line.
     """
     asker = prompter if task.chat else dataclasses.replace(prompter, chat=False)
-    prompts, texts, cut = {}, {}, set()
+    prompts, texts, inputs, cut = {}, {}, {}, set()
     for sample in task.samples:
         asked, tokens = sample, asker.tokens(sample)
         if limit is not None and len(tokens) + task.max_new_tokens > limit:
@@ -117,10 +117,11 @@ def ask(
             asked, tokens = cut_middle(sample, asker, limit - task.max_new_tokens)
             cut.add(sample.index)
         prompts[sample.index], texts[sample.index] = tokens, asker.text(asked)
+        inputs[sample.index] = asked.input
     if len(prompts) < len(task.samples):
         raise UserError(f"{task.name}: two samples have the same index")
 
-    done = _read_done(predictions, task, texts) if predictions else {}
+    done = _read_done(predictions, task, inputs) if predictions else {}
     missing = [sample for sample in task.samples if sample.index not in done]
     if done:
         logging.info("%s: %d of %d answers are there", task.name, len(done), len(task.samples))
@@ -216,7 +217,7 @@ def cut_middle(sample: Sample, prompter: Prompter, room: int) -> tuple[Sample, n
     raise UserError(f"sample {sample.index}: {room} tokens are fewer than what is around its text")
 
 
-def _read_done(path, task: Task, texts: Mapping[int, str]) -> dict[int, str]:
+def _read_done(path, task: Task, inputs: Mapping[int, str]) -> dict[int, str]:
     """Answers that are there: {index: text}. A last line that a stop left unfinished is taken off."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -232,7 +233,8 @@ def _read_done(path, task: Task, texts: Mapping[int, str]) -> dict[int, str]:
     for number, row in read_jsonl(path):
         sample = known.get(row.get("index"))
         same = sample is not None and list(sample.outputs) == row.get("outputs")
-        if not same or row.get("input") != texts[sample.index]:
+        # Not the whole prompt: a chat template may hold the date, and may take off white space at the ends.
+        if not same or inputs[sample.index].strip() not in row.get("input", ""):
             raise UserError(
                 f"{path}, line {number}: an answer to another question than {task.name} asks now; "
                 "remove the file or choose another --out"
