@@ -146,7 +146,7 @@ def test_answers_of_another_model_or_way_of_asking_are_not_taken(checkpoints, tm
     with pytest.raises(UserError, match="asked with weights '"):
         run(checkpoints[1], *command)
     (tmp_path / "model1" / "asked.json").unlink()
-    with pytest.raises(UserError, match="there are answers, and no asked.json"):
+    with pytest.raises(UserError, match="there are answers, and no asked"):
         run(checkpoints[1], *command)
 
 

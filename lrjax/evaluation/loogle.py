@@ -62,7 +62,8 @@ def make(name: str, folder, prompter: Prompter, wording: Mapping, *, count: int 
         more={"partial_match": _partial_match} if cloze else more,
         about={
             "benchmark": "loogle", "template": template, "wording": wording["source"], "file": path.name,
-            "of": sum(s.extra.get("weight", 1) for s in samples), "seed": None, "metric": "exact match of masks" if cloze else "ROUGE-L recall",
+            "of": sum(s.extra.get("weight", 1) for s in samples), "seed": None,
+            "metric": "exact match of masks" if cloze else "ROUGE-L recall",
         },
         cut=True,
     )  # fmt: skip

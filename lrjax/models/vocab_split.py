@@ -121,7 +121,7 @@ class Split:
         return self.sum(jnp.where(hit_BCV, logits_BCV, 0.0).sum(axis=-1))
 
     def argmax(self, logits_BCV):
-        """The first of the likeliest token ids, or of NaN; a CPU takes longer for `jnp.argmax` than for these two passes."""
+        """The first of the likeliest token ids, or of NaN. A CPU takes longer for `jnp.argmax` than for two passes."""
         none = jnp.iinfo(jnp.int32).max
         likeliest_BCV = (logits_BCV == self.max(logits_BCV)[..., None]) | jnp.isnan(logits_BCV)
         first_BC = jnp.where(likeliest_BCV, self.vocabulary(logits_BCV), none).min(axis=-1)
