@@ -143,7 +143,7 @@ def sliding_window(
       "window", "stride", "documents", "tokens" (told)}.
 
     Raises:
-      UserError: as `perplexity_by_position`; a stride that is not from 1 to the window; a document that
+      UserError: as `perplexity_by_position`; a stride below 1 or not below the window; a document that
         does not begin with the opening.
     """
     if not 1 <= stride < window:

@@ -23,9 +23,8 @@ from lrjax.sharding import current
 
 KEY_BLOCK = 512  # at most
 QUERY_BLOCKS = (32, 512)  # smallest, largest
-BLOCK_SCORES = (
-    2**22
-)  # scores in flight over all heads and rows, 16 MB; a CPU has those of one key head at a time
+# Scores in flight over all heads and rows, 16 MB; a CPU has those of one key head at a time.
+BLOCK_SCORES = 2**22
 
 _LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
 
