@@ -56,6 +56,8 @@ def get_config(variant: str = ""):
     config.evaluate.short.update(sources={"essays": "essays"}, documents=4, length=2048)
     if variant == "quick":
         make_quick(config)
+        for name in ("contiguous", "pose"):
+            del config.methods[name]
     elif variant:
         raise UserError(f"configs/smollm2_135m.py: variant {variant!r}; allowed: none, quick")
     return config.lock()
@@ -73,8 +75,6 @@ def make_quick(config):
     for name in config.methods:
         if config.methods[name].selection.startswith("anchor"):
             config.methods[name].selection = "digits"
-    for name in ("contiguous", "pose"):
-        del config.methods[name]
     config.evaluate.niah.update(lengths=(1024,), depths=(0.5,))
     config.evaluate.suite.update(tasks=("vt",), lengths=(1024,), samples=1)
     config.evaluate.perplexity.update(length=1024, buckets=(512, 1024))

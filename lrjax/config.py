@@ -79,6 +79,8 @@ def method(selection: str, positions: str, **changes) -> ConfigDict:
             "train_length": 0,  # tokens of an example; 0: config.train_length
             "top_fraction": 0.0,  # of selection top; 0: config.analyse.top_fraction
             "shuffle": False,  # the kept sentences in random order, not the text's: what is coherence worth?
+            # Share of the long examples that are the start of a document at contiguous positions instead.
+            "contiguous_share": 0.0,
             # Loss weights of the kept tokens: "" (all alike) | longce: min(exp(change of log-probability), 5), the
             # weight of LongCE (arXiv 2410.23771) from the base against the probe.
             "weighting": "",
@@ -390,6 +392,10 @@ def check(config) -> None:
         if not 0 <= entry.top_fraction <= 1:
             raise UserError(
                 f"config.methods.{name}.top_fraction {entry.top_fraction}: allowed: from 0 to 1"
+            )
+        if not 0 <= entry.contiguous_share < 1:
+            raise UserError(
+                f"config.methods.{name}.contiguous_share {entry.contiguous_share}: allowed: from 0 to below 1"
             )
         if entry.weighting not in WEIGHTINGS:
             raise UserError(

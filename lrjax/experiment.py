@@ -180,9 +180,18 @@ def _base(workdir, config) -> pathlib.Path:
 
 
 def config_digest(config) -> str:
-    """Of the config of an arm, without its seed, where its base lies, and splash's blocks, which are of TPUs alone."""
+    """Of the config of an arm, without its seed, where its base lies, and splash's blocks, which are of TPUs alone.
+
+    Without what was added after the first stored runs, either, where it changes nothing.
+    """
     left_out = ("seed", "model.source", "model.attention_block")
-    return _digest({k: v for k, v in wd.flatten(config).items() if k not in left_out})
+    added = {"contiguous_share": 0.0}
+
+    def counts(name, value):
+        field = name.rsplit(".", 1)[-1]
+        return name not in left_out and (field not in added or value != added[field])
+
+    return _digest({k: v for k, v in wd.flatten(config).items() if counts(k, v)})
 
 
 def _digest(flat: dict) -> str:
@@ -360,11 +369,13 @@ def collect(config, workdir) -> dict:
         wd.read_json(path) for path in (workdir / "stages").glob("*.json") if "-" not in path.stem
     ]
     base = pathlib.Path(config.model.source).parent.parent if config.model.source else workdir
+    anchors = wd.read_json(workdir / "scores" / "analysis.json")["anchors"]
+    uses_them = any(method.selection.startswith("anchor") for method in config.methods.values())
     return {
         "made_by": [
             note for place in dict.fromkeys((base, workdir)) for note in provenance.notes(place)
         ],
-        "anchors": wd.read_json(workdir / "scores" / "analysis.json")["anchors"],
+        "anchors": anchors if uses_them else [],
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "target": config.target_length,
         "rows": rows,
@@ -372,7 +383,8 @@ def collect(config, workdir) -> dict:
 
 
 def _row(tasks: dict) -> dict:
-    """{"needles": {length: {depth: [found, asked]}}, "answer_nll": {length: nats}, "short_loss": {source: nats}}."""
+    """{"needles": {length: {depth: [found, asked]}}, "answer_nll": {length: nats},
+    "perplexity": {"START-STOP": ...}, "short_loss": {source: nats}}."""
     row = {}
     if "niah" in tasks:
         needles: dict[str, dict] = {}
@@ -382,6 +394,11 @@ def _row(tasks: dict) -> dict:
                 cell["count"],
             ]
         row = {"needles": needles, "answer_nll": tasks["niah"]["nll"]}
+    if "perplexity" in tasks:
+        row["perplexity"] = {
+            f"{bucket['start']}-{bucket['stop']}": bucket["perplexity"]
+            for bucket in tasks["perplexity"]["buckets"]
+        }
     if "short" in tasks:
         row["short_loss"] = {source: result["nll"] for source, result in tasks["short"].items()}
     return row

@@ -213,17 +213,24 @@ def _extend(config, workdir, stage, method, section):
         for field in ("steps", "global_batch_size", "grow_from"):
             if method[field] >= 0:
                 section[field] = method[field]
-    from_source = method.selection == "at_positions"
     length = method.train_length or config.train_length
     if method.positions == "full":
         length = config.target_length
-    file = "documents/long" if from_source else f"selected/{stage}"
     share = 1.0 - sum(section.mixture.values())
-    component = examples.placed_component(
-        examples.open_records(workdir / f"{file}.array_record"), method.positions, config.target_length,
-        train_length=length, from_source=from_source, weight=share,
-    )  # fmt: skip
-    components = [component, *mixture(config, workdir, section, length)]
+
+    def long_examples(positions, weight, from_source):
+        file = "documents/long" if from_source else f"selected/{stage}"
+        return examples.placed_component(
+            examples.open_records(workdir / f"{file}.array_record"), positions, config.target_length,
+            train_length=length, from_source=from_source, weight=weight,
+        )  # fmt: skip
+
+    contiguous = method.contiguous_share
+    from_source = method.selection == "at_positions"
+    components = [long_examples(method.positions, share * (1 - contiguous), from_source)]
+    if contiguous:
+        components.append(long_examples("contiguous", share * contiguous, from_source=True))
+    components += mixture(config, workdir, section, length)
     _, facts = _train(config, workdir, stage, (extended, params), section, components, length)
     return facts
 

@@ -15,12 +15,24 @@ from configs.experiments.setting import claim
 from lrjax.config import method
 from lrjax.errors import UserError
 
-ARMS = ("16k", "32k")
+WINDOWS = ("16k", "32k")
 TOKENS = 525_000  # that every method trains on
+METHODS = {
+    "raised_theta": method("first", ""),
+    "contiguous": method("first", "contiguous"),
+    "rpes": method("first", "rpes"),
+    "pose": method("at_positions", "pose"),
+    "longrecipe": method("anchor", "longrecipe"),
+    "longrecipe_mixed": method("anchor", "longrecipe", contiguous_share=0.5),
+    "longrecipe_spread": method("anchor_spread", "longrecipe"),
+    "longrecipe_code": method("anchor", "longrecipe_code"),
+    "longrecipe_random": method("random", "longrecipe"),
+}
+ARMS = tuple(f"{window}-{name}" for window in WINDOWS for name in METHODS)
 
 CLAIMS = tuple(
-    claim(text, better, worse, measure, arm=arm)
-    for arm in ARMS
+    claim(text, better, worse, measure, arm=window)
+    for window in WINDOWS
     for measure in ("needles", "answer_nll")
     for text, better, worse in (
         ("Training is better than the raised RoPE base alone", "longrecipe", "raised_theta"),
@@ -28,6 +40,7 @@ CLAIMS = tuple(
         ("LongRecipe is better than PoSE", "longrecipe", "pose"),
         ("LongRecipe is better than RPES", "longrecipe", "rpes"),
         ("Anchor sentences are better than random ones", "longrecipe", "longrecipe_random"),
+        ("Half of the examples contiguous is better than none", "longrecipe_mixed", "longrecipe"),
         ("Anchors from everywhere are better than the first ones", "longrecipe_spread", "longrecipe"),
         ("The paper's positions are better than its code's", "longrecipe", "longrecipe_code"),
     )
@@ -42,25 +55,27 @@ def get_config(variant: str = ""):
         raise UserError(
             f"configs/experiments/smollm2.py: variant {variant!r}; allowed: none, {', '.join(ARMS)}, smoke"
         )
+    window, name = arm.split("-")
     config = smollm2_135m.get_config().unlock()
     config.name = "smollm2"
-    target = 1024 * int(arm[:-1])
+    target = 1024 * int(window[:-1])
     config.target_length, config.train_length = target, round(0.3 * target)
-    config.data.samples = {"16k": 48, "32k": 30}[arm]  # all that the text makes
-    config.score.samples = 16
+    config.data.samples = {"16k": 48, "32k": 30}[window]  # all that the text makes
     config.extend.update(steps=round(TOKENS / config.train_length), warmup_steps=10, log_every=5)
-    config.methods = {
-        "raised_theta": method("first", ""),
-        "contiguous": method("first", "contiguous"),
-        "rpes": method("first", "rpes"),
-        "pose": method("at_positions", "pose"),
-        "longrecipe": method("anchor", "longrecipe"),
-        "longrecipe_spread": method("anchor_spread", "longrecipe"),
-        "longrecipe_code": method("anchor", "longrecipe_code"),
-        "longrecipe_random": method("random", "longrecipe"),
-    }
-    config.replay.steps = 16
+    config.methods = {name: METHODS[name]}
+    config.method = name
+    if METHODS[name].selection.startswith("anchor"):
+        config.score.samples = 16
+    else:  # nothing is chosen by the scores
+        config.probe.steps = 1
+        config.score.update(samples=1, length=1024)
+        config.analyse.min_lift = 0.0
+    config.replay.steps = 16 if name == "longrecipe" else 0
     config.merge.curve = ()
+    config.evaluate.checkpoints = {
+        "raised_theta": ("base", name),
+        "longrecipe": (name, "replayed", "merged"),
+    }.get(name, (name,))
     config.evaluate.niah.update(
         lengths=(8192, target), depths=(0.0, 0.25, 0.5, 0.75, 1.0), samples_per_cell=3
     )
