@@ -16,6 +16,10 @@ For every method of `longrecipe/selection.py`, over the same documents:
     LDS            the Long Dependency Score of what is kept (`longrecipe/dependency.py`), beside that of the whole
     pairs          dependent pairs of chunks of the whole that are kept, and kept on both sides
 
+With --ablation_documents the references are found a second time, by what the model makes use of: the tokens that lose a
+nat and more when a part at least a window back is hidden (`longrecipe/ablation.py`; a reading of the document for every
+part). The model has to read as far as the documents go: --model=probe where the base does not.
+
 Intervals (95 %) are of a bootstrap over documents. A mistake ends with one line and exit code 2.
 """
 
@@ -28,7 +32,7 @@ from lrjax import choosing, examples, sharding
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
-from lrjax.longrecipe import dependency, impact, references, selection
+from lrjax.longrecipe import ablation, dependency, impact, references, selection
 from lrjax.run import load_checkpoint, open_mesh
 
 _FLAGS = ProgramFlags()
@@ -38,7 +42,16 @@ _LDS_DOCUMENTS = _FLAGS.DEFINE_integer(
     "lds_documents", 16, "Of these, the number whose Long Dependency Score is taken; 0: none."
 )
 _CHUNK = _FLAGS.DEFINE_integer("chunk", 128, "Tokens of a chunk of the Long Dependency Score.")
-_MODEL = _FLAGS.DEFINE_string("model", "base", "The checkpoint of the run that reads the chunks.")
+_MODEL = _FLAGS.DEFINE_string("model", "base", "The checkpoint of the run that reads the texts.")
+_ABLATION_DOCUMENTS = _FLAGS.DEFINE_integer(
+    "ablation_documents",
+    0,
+    "Documents whose references are found by hiding parts, too.",
+    lower_bound=0,
+)
+_PART = _FLAGS.DEFINE_integer(
+    "part", 128, "Tokens of a part that is hidden, at least: whole sentences.", lower_bound=1
+)
 
 REPLICATES = 2000
 
@@ -52,15 +65,21 @@ def measure(
     lds_documents=16,
     chunk=128,
     model="base",
+    ablation_documents=0,
+    part=128,
 ) -> dict:
     """The figures of `selections.json`; arguments as the flags."""
     analysis = wd.read_json(workdir / "scores" / "analysis.json")
     samples = examples.open_records(workdir / "documents" / "long.array_record")
     scored = examples.open_records(workdir / "scores" / "long.array_record").ids
     ids = scored[: documents or len(scored)]
-    reader, wholes = None, []
-    if lds_documents:
+    reader, wholes, hidden = None, [], []
+    if lds_documents or ablation_documents:
         reader = load_checkpoint(config, workdir, model)
+    for id_ in ids[:ablation_documents]:
+        hidden.append(_without_parts(reader, samples.by_id(id_), part, config.window))
+        logging.info("analyse: parts of %d documents hidden", len(hidden))
+    if lds_documents:
         for id_ in ids[:lds_documents]:
             tokens = samples.by_id(id_)["tokens"]
             wholes.append(dependency.long_dependency(reader, tokens, chunk=chunk))
@@ -74,8 +93,13 @@ def measure(
         "anchors": analysis["anchors"],
         "scores": _scores(config, workdir, samples, ids),
         "lds": None,
+        "ablation": None,
         "methods": {},
     }
+    if hidden:
+        found["ablation"] = _agreement(hidden) | {
+            "part": part, "model": model, "documents": len(hidden), "least": ablation.LEAST,
+        }  # fmt: skip
     if wholes:
         found["lds"] = {
             "chunk": chunk, "model": model, "documents": len(wholes),
@@ -89,7 +113,7 @@ def measure(
             logging.warning("analyse: no anchor classes: %s", analysis["flat"])
             continue
         choose = choosing.make_selector(config, workdir, method, analysis)
-        counts, reaches, filled, lds, pairs, total = [], [], 0, [], [], 0
+        counts, reaches, filled, lds, pairs, used, total = [], [], 0, [], [], [], 0
         for index, id_ in enumerate(ids):
             record = samples.by_id(id_)
             kept = choose(record)
@@ -105,20 +129,63 @@ def measure(
                 lds.append(dependency.long_dependency(reader, kept_tokens, chunk=chunk)["lds"])
                 delta_CC = wholes[index]["delta_CC"]
                 pairs.append(dependency.kept_pairs(delta_CC, kept.token_index, chunk))
+            if index < len(hidden):
+                of = hidden[index]
+                used.append(ablation.count_kept(kept.token_index, of["source_L"], of["part_L"]))
         found["methods"][method] = {
             "kept_share": len(ids) * config.train_length / total,
             "filled_share": filled / (len(ids) * config.train_length),
             "reach": _share(reaches, "reach", "length"),
-            "references": sum(row["references"] for row in counts),
-            "kept": _share(counts, "kept", "references"),
-            "with_source": _share(counts, "with_source", "references"),
-            "with_source_of_kept": _share(counts, "with_source", "kept"),
-            "source_only": _share(counts, "source_only", "references"),
+            **_kept_shares(counts),
+            "ablation": _kept_shares(used) if used else None,
             "lds": _mean(lds) if lds else None,
             "pairs_kept": _share(pairs, "kept", "pairs") if pairs else None,
             "pairs_with_source": _share(pairs, "with_source", "pairs") if pairs else None,
         }
     return found
+
+
+def _without_parts(reader, record, size: int, window: int) -> dict:
+    """Of every token of a document its part, the part it goes by, and whether that is where it is copied from."""
+    tokens_L = record["tokens"]
+    part_L = ablation.parts(record["segment_lengths"], size)
+    source_L = ablation.source_parts(ablation.lost_without(reader, tokens_L, part_L, window=window))
+    copied_L = references.copies(tokens_L)
+    far_L = references.is_far(copied_L, window)
+    return {
+        "part_L": part_L, "source_L": source_L, "copied_far_L": far_L,
+        "same_L": far_L & (source_L == part_L[copied_L]),
+    }  # fmt: skip
+
+
+def _agreement(hidden) -> dict:
+    """How many tokens go by a part that is far away, and how far these are the tokens that copy from far away."""
+    counts = [
+        {
+            "tokens": len(of["part_L"]),
+            "used": int((of["source_L"] >= 0).sum()),
+            "copied": int(of["copied_far_L"].sum()),
+            "same": int(of["same_L"].sum()),
+        }
+        for of in hidden
+    ]
+    return {
+        "references": _share(counts, "used", "tokens"),
+        "copied": _share(counts, "copied", "tokens"),
+        "copied_from_there": _share(counts, "same", "used"),
+        "used_of_copied": _share(counts, "same", "copied"),
+    }
+
+
+def _kept_shares(counts) -> dict:
+    """`references.count_kept` of all documents as shares."""
+    return {
+        "references": sum(row["references"] for row in counts),
+        "kept": _share(counts, "kept", "references"),
+        "with_source": _share(counts, "with_source", "references"),
+        "with_source_of_kept": _share(counts, "with_source", "kept"),
+        "source_only": _share(counts, "source_only", "references"),
+    }
 
 
 def _scores(config, workdir, samples, ids) -> dict:
@@ -199,7 +266,33 @@ def table(found: dict) -> str:
                 _text(row["pairs_with_source"]),
             ]
         lines.append("| " + " | ".join(cells) + " |")
+    if found["ablation"]:
+        lines += ["", *_ablation_table(found)]
     return "\n".join(lines) + "\n"
+
+
+def _ablation_table(found: dict) -> list[str]:
+    of = found["ablation"]
+    used, copied, there, same = (
+        "none" if of[key] is None else _text([100 * share for share in of[key]], 1)
+        for key in ("references", "copied", "copied_from_there", "used_of_copied")
+    )
+    lines = [
+        f"References by what {of['model']} makes use of, {of['documents']} documents, hidden parts of {of['part']} "
+        f"tokens and more: {used} % of the tokens lose {of['least']:g} nat and more without a part that is "
+        f"{found['window']} tokens back and more; {there} % of these end three tokens copied from there. Of all tokens "
+        f"{copied} % end three copied from so far back, and {same} % of these go by the part they are copied from.",
+        "",
+        "| selection | references | kept | with source | of the kept, with source | source alone |",
+        "|---" * 6 + "|",
+    ]
+    for method, row in found["methods"].items():
+        shares = row["ablation"]
+        cells = [
+            _text(shares[k]) for k in ("kept", "with_source", "with_source_of_kept", "source_only")
+        ]
+        lines.append(f"| {method} | {shares['references']} | {' | '.join(cells)} |")
+    return lines
 
 
 def _text(value, digits: int = 3) -> str:
@@ -239,6 +332,7 @@ def main(argv) -> None:
         found = measure(
             config, workdir, methods=_METHODS.value, documents=_DOCUMENTS.value,
             lds_documents=_LDS_DOCUMENTS.value, chunk=_CHUNK.value, model=_MODEL.value,
+            ablation_documents=_ABLATION_DOCUMENTS.value, part=_PART.value,
         )  # fmt: skip
     wd.write_json(workdir / "analysis" / "selections.json", found)
     text = table(found)

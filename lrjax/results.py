@@ -52,6 +52,7 @@ Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of
   Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625). Nothing is corrected for
   the number of claims.
 - A seed is a base of its own with documents of its own; all methods of a seed share its base.
+- **Perplexity** is of held-out long documents, by the position of the token.
 - TFLOP is training alone: the probe and the scoring that LongRecipe's selections go by are in no row.
 - One rule was made after some of these runs had been seen: a class in more than 90 % of the sentences is no anchor
   beside another (`impact.EVERYWHERE`). All runs that it concerns were made again; docs/log.md has the figures and
@@ -68,7 +69,7 @@ def main(argv) -> None:
     if _STORE.value:
         store(pathlib.Path(_STORE.value), folder / "evaluations")
     files = sorted(folder.glob("*.json"))
-    stored = [as_the_config_says(wd.read_json(file)) for file in files]
+    stored = [joined(as_the_config_says(wd.read_json(file))) for file in files]
     parts = [INTRO, paper_claims(stored)]
     for results in stored:
         (out.parent / "pictures").mkdir(exist_ok=True)
@@ -99,6 +100,27 @@ def as_the_config_says(results: Mapping) -> Mapping:
         logging.warning("%s: texts and claims are those of its runs: %s", results["name"], error)
         return results
     return {**results, **experiment.texts(config)}
+
+
+def joined(results: Mapping) -> Mapping:
+    """Stored runs with the arms of one table, `TABLE-ROW`, as one: a seed's runs become a run with the rows of all."""
+    if not any("-" in arm for arm in results["arms"]):
+        return results
+    runs: dict[tuple, dict] = {}
+    for run in results["runs"]:
+        table = run["arm"].partition("-")[0]
+        whole = runs.setdefault(
+            (run["seed"], table),
+            {"arm": table, "seed": run["seed"], "target": run["target"], "seconds": 0.0}
+            | {"rows": {}, "anchors": [], "made_by": [], "digests": {}},
+        )
+        whole["rows"] |= run["rows"]
+        whole["anchors"] += [name for name in run["anchors"] if name not in whole["anchors"]]
+        whole["made_by"] += run["made_by"]
+        whole["digests"][run["arm"]] = run["config_digest"]
+        whole["seconds"] += run["seconds"]
+    tables = list(dict.fromkeys(arm.partition("-")[0] for arm in results["arms"]))
+    return {**results, "arms": tables, "runs": list(runs.values())}
 
 
 def paper_claims(stored: Sequence[Mapping]) -> str:
@@ -157,6 +179,13 @@ def _table(results) -> list[str]:
         ]
         scored = any("lds" in found[0] for found in rows.values())
         head += ["LDS"] * scored
+        # Where the base breaks: from the last bucket in its window on.
+        buckets = [
+            bucket
+            for bucket in next(iter(rows.values()))[0].get("perplexity", ())
+            if int(bucket.partition("-")[2]) >= results["window"]
+        ]
+        head += [f"perplexity {bucket}" for bucket in buckets]
         if many:
             lines += [f"**{arm}**", ""]
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -173,6 +202,9 @@ def _table(results) -> list[str]:
             cells.append(f"{found[0]['tokens']:,}" if "tokens" in found[0] else "")
             cells.append(f"{found[0]['flops'] / 1e12:.3g}" if "flops" in found[0] else "")
             cells += [_number([row.get("lds") for row in found], 2)] * scored
+            cells += [
+                _number([row["perplexity"][bucket] for row in found], 1) for bucket in buckets
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         anchors = sorted({", ".join(run["anchors"]) or "none" for run in runs})
         lines += ["", f"Anchor classes that the analysis found: {'; '.join(anchors)}.", ""]
@@ -225,7 +257,9 @@ def _origin(results) -> list[str]:
     runs = results["runs"]
     digests = {}
     for run in runs:
-        digests.setdefault(run["config_digest"], run["arm"] or "the config")
+        of_arms = run["digests"] if "digests" in run else {run["arm"]: run["config_digest"]}
+        for arm, digest in of_arms.items():
+            digests.setdefault(digest, arm or "the config")
     seeds = {arm: _seeds(results, arm) for arm in results["arms"]}
     texts = [
         f"{arm + ': ' if arm else ''}{', '.join(map(str, found)) or 'none'}"

@@ -8,7 +8,8 @@ rule came later, from what some of these runs showed: that a class in nearly eve
 
 A file of this folder has
 
-    ARMS         the variants of its config that are run side by side, each with the methods as rows
+    ARMS         the variants of its config that are run side by side, each with the methods as rows; arms whose names
+                 agree up to a "-" are the rows of one table, made apart
     CLAIMS       pairs of rows that are compared over the seeds (`claim`)
     get_config   the config of an arm, "ARM" or "ARM,smoke"
 
@@ -64,7 +65,7 @@ def claim(text: str, better: str, worse: str, measure: str = "needles", **more) 
         text: what is claimed.
         better, worse: names of rows.
         measure: needles (share found at the target), answer_nll, short_loss; of the last two less is better.
-        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm; worse_arm:
+        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm (or table); worse_arm:
             where the row `worse` is of another arm, whose runs have the same seeds and so the same bases.
     """
     return {"text": text, "better": better, "worse": worse, "measure": measure} | more

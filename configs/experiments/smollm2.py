@@ -1,13 +1,14 @@
 """The real model: SmolLM2-135M-Instruct to 16k and 32k on 0.5M tokens, LongRecipe and its baselines on real text.
 
-    python -m lrjax.experiment --config=configs/experiments/smollm2.py --seeds=0-2 --workdir=runs/experiments
+    python -m lrjax.experiment --config=configs/experiments/smollm2.py --seeds=0-2 --workdir=runs/experiments --keep
 
 The main rows of configs/smollm2_135m.py (`make showcase`) at thirteen times its training: every method starts from the
 published weights with the same raised RoPE base and sees as many tokens of the King James Bible (selections of its
 books, about twice over); needles are hidden in essays, 15 for each length. `longrecipe_spread` takes its anchor
-sentences from everywhere, because nearly every sentence of this text is one (docs/analysis.md). From the speed of the
-showcase, a seed at 16k is about 7 hours on two cores, at 32k more: runs are left over night in pieces, and every one
-goes on where it was stopped (`--arms=16k` for one arm).
+sentences from everywhere, because nearly every sentence of this text is one (docs/analysis.md); in `longrecipe_mixed` half of the
+examples are the start of a book at contiguous positions. A run is one method, so that the rows of a table can be left
+over night in pieces or made on several machines: `--arms=16k-pose,16k-longrecipe`, and with `--keep` beside the rows
+that are there. TIME
 """
 
 from configs import smollm2_135m
