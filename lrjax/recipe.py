@@ -26,6 +26,7 @@ from lrjax import assessment, choosing, examples, provenance, sharding, summary
 from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import families, loading, orbax
+from lrjax.data.loader import Component
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.longrecipe import merging
@@ -213,26 +214,38 @@ def _extend(config, workdir, stage, method, section):
         for field in ("steps", "global_batch_size", "grow_from"):
             if method[field] >= 0:
                 section[field] = method[field]
-    length = method.train_length or config.train_length
-    if method.positions == "full":
-        length = config.target_length
-    share = 1.0 - sum(section.mixture.values())
-
-    def long_examples(positions, weight, from_source):
-        file = "documents/long" if from_source else f"selected/{stage}"
-        return examples.placed_component(
-            examples.open_records(workdir / f"{file}.array_record"), positions, config.target_length,
-            train_length=length, from_source=from_source, weight=weight,
-        )  # fmt: skip
-
-    contiguous = method.contiguous_share
-    from_source = method.selection == "at_positions"
-    components = [long_examples(method.positions, share * (1 - contiguous), from_source)]
-    if contiguous:
-        components.append(long_examples("contiguous", share * contiguous, from_source=True))
+    length = example_length(config, method)
+    components = long_examples(
+        config, workdir, stage, method, weight=1.0 - sum(section.mixture.values())
+    )
     components += mixture(config, workdir, section, length)
     _, facts = _train(config, workdir, stage, (extended, params), section, components, length)
     return facts
+
+
+def example_length(config, method) -> int:
+    """Tokens of a long example of a method."""
+    if method.positions == "full":
+        return config.target_length
+    return method.train_length or config.train_length
+
+
+def long_examples(config, workdir, stage, method, *, weight: float) -> list[Component]:
+    """The long documents as a method has them, and as contiguous text where it takes a share of that; `weight` is of
+    both together."""
+
+    def placed(positions, from_source, share):
+        file = "documents/long" if from_source else f"selected/{stage}"
+        return examples.placed_component(
+            examples.open_records(workdir / f"{file}.array_record"), positions, config.target_length,
+            train_length=example_length(config, method), from_source=from_source, weight=share * weight,
+        )  # fmt: skip
+
+    share = method.contiguous_share
+    components = [placed(method.positions, method.selection == "at_positions", 1 - share)]
+    if share:
+        components.append(placed("contiguous", from_source=True, share=share))
+    return components
 
 
 def probe(config, workdir):

@@ -17,6 +17,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from absl import logging
 
 from lrjax import experiment
@@ -80,7 +81,12 @@ def main(argv) -> None:
                 panels(results), "needles found at the target, %; a grey dot is a seed"
             ),
         )
-        parts.append(section(results, f"pictures/{picture.name}"))
+        pictures = [f"pictures/{picture.name}"]
+        if surface := merge_surface(results):
+            picture = picture.with_name(f"results_{results['name']}_surface.png")
+            _write(picture, plots.surfaces(*surface, "weight of the base in the merge, %"))
+            pictures.append(f"pictures/{picture.name}")
+        parts.append(section(results, pictures))
     parts.append(_not_run(pathlib.Path(_CONFIGS.value), {results["name"] for results in stored}))
     for each in sorted((folder / "evaluations").glob("*/")):
         found = {file.stem: wd.read_json(file) for file in sorted(each.glob("*.json"))}
@@ -148,12 +154,14 @@ def paper_claims(stored: Sequence[Mapping]) -> str:
 # ------------------------------------------------------------------------------------------- a page's section
 
 
-def section(results: Mapping, picture: str) -> str:
+def section(results: Mapping, pictures: Sequence[str]) -> str:
     """One experiment in Markdown."""
     lines = [f"## {results['title']}", ""]
     if results["smoke"]:
         lines += ["**A smoke run: its figures mean nothing.**", ""]
-    lines += [results["about"], "", *_table(results), "", *_claims(results), f"![]({picture})", ""]
+    lines += [results["about"], "", *_table(results), "", *_claims(results)]
+    for picture in pictures:
+        lines += [f"![]({picture})", ""]
     return "\n".join([*lines, *_origin(results)]) + "\n"
 
 
@@ -435,6 +443,31 @@ def panels(results) -> dict[str, dict[str, dict]]:
                 mean, interval = t_interval(shares)
                 drawn[arm][name] = {"seeds": shares, "mean": mean, "interval": interval}
     return drawn
+
+
+def merge_surface(results) -> tuple[dict[str, list[list[float]]], list[str], list[str]] | None:
+    """Needles at the target and loss of short text over arms and the base's weight (rows base_N, means over the
+    seeds), what `plots.surfaces` draws; None where there are no such rows or arms."""
+    arms = by_arm(results)
+    of_all = [name for name in next(iter(arms.values())) if re.fullmatch(r"base_\d+", name)]
+    if len(arms) < 2 or not of_all or not all(set(of_all) <= rows.keys() for rows in arms.values()):
+        return None
+
+    def means(name: str, scale: float):
+        return [
+            [
+                scale
+                * float(np.mean([measure(run, name, _target(results, arm)) for run in rows[row]]))
+                for row in of_all
+            ]
+            for arm, rows in arms.items()
+        ]
+
+    panels_ = {
+        "Needles found at the target, %": means("needles", 100),
+        "Loss of short text, nats": means("short_loss", 1),
+    }
+    return panels_, list(arms), [row.removeprefix("base_") for row in of_all]
 
 
 def _seeds(results, arm: str) -> list[int]:

@@ -16,9 +16,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs.experiments import setting
-from lrjax import choosing, examples, experiment, results
+from lrjax import choosing, examples, experiment, recipe, results
 from lrjax import config as config_lib
 from lrjax.checkpoints import families
+from lrjax.data.loader import make_loader
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.evaluation.statistics import paired, t_interval
@@ -103,13 +104,93 @@ def test_the_real_models_arms():
         assert len(niah.depths) * niah.samples_per_cell >= 15
         assert max(niah.lengths) == config.target_length == config.evaluate.perplexity.buckets[-1]
         # Every method: 0.5M tokens.
-        assert {config.methods[name].steps for name in config.methods} == {-1}
+        assert [method.steps for method in config.methods.values()] == [-1]
         assert config.extend.steps * config.train_length == pytest.approx(525_000, rel=0.02)
-        rows = {"base", "replayed", "merged", *config.methods}
-        for claim in smollm2.CLAIMS:
-            assert {claim["better"], claim["worse"]} <= rows
-    with pytest.raises(UserError, match="allowed: none, 16k, 32k, smoke"):
+        assert list(config.evaluate.checkpoints)[-1] in ("merged", *config.methods)
+    for claim in smollm2.CLAIMS:
+        rows = {f"{claim['arm']}-{claim[side]}" for side in ("better", "worse")}
+        assert rows <= {*smollm2.ARMS}
+    with pytest.raises(UserError, match=r"allowed: none, 16k-raised_theta, .*, smoke"):
         smollm2.get_config("nonsense")
+
+
+def test_arms_of_one_table_become_one():
+    def run(arm, seed, **rows):
+        return {"arm": arm, "seed": seed, "config_digest": f"digest of {arm}", "seconds": 1.5, "target": 9} | {
+            "rows": rows, "anchors": ["number"], "made_by": [f"{arm} {seed}"],
+        }  # fmt: skip
+
+    stored = {"arms": ["16k-a", "16k-b", "32k-a"], "runs": [
+        run("16k-a", 0, base=1, a=2), run("16k-b", 0, b=3), run("16k-a", 1, base=4, a=5), run("32k-a", 0, a=6),
+    ]}  # fmt: skip
+    joined = results.joined(stored)
+    assert joined["arms"] == ["16k", "32k"]
+    assert [(run["arm"], run["seed"], run["rows"]) for run in joined["runs"]] == [
+        ("16k", 0, {"base": 1, "a": 2, "b": 3}), ("16k", 1, {"base": 4, "a": 5}), ("32k", 0, {"a": 6}),
+    ]  # fmt: skip
+    first = joined["runs"][0]
+    assert first["made_by"] == ["16k-a 0", "16k-b 0"] and first["seconds"] == 3
+    assert first["digests"] == {"16k-a": "digest of 16k-a", "16k-b": "digest of 16k-b"}
+    assert first["anchors"] == ["number"]
+    assert {*results.by_arm(joined)["16k"]} == {"base", "a"}  # what every seed has
+    alone = {"arms": ["", "8x"], "runs": []}
+    assert results.joined(alone) is alone
+
+
+def test_the_surface_of_replay_and_merge():
+    def run(arm, seed, shift):
+        rows = {
+            f"base_{weight}": {
+                "needles": {"512": {"0.5": [weight + shift, 200]}},
+                "short_loss": {"a": 1.0, "b": weight / 100},
+            }
+            for weight in (0, 50)
+        }
+        return {"arm": arm, "seed": seed, "target": 512, "rows": rows | {"base": {}}}
+
+    runs = [run(arm, seed, 10 * seed) for arm in ("replay1", "replay2") for seed in (0, 2)]
+    stored = {"arms": ["replay1", "replay2"], "runs": runs}
+    panels, arms, weights = results.merge_surface(stored)
+    assert (arms, weights) == (["replay1", "replay2"], ["0", "50"])
+    assert (
+        panels["Needles found at the target, %"] == [[5, 30]] * 2
+    )  # means of 0 and 10 %, of 25 and 35 %
+    assert panels["Loss of short text, nats"] == [[0.5, 0.75]] * 2
+    assert results.merge_surface(stored | {"arms": ["replay1"]}) is None
+
+
+def test_a_share_of_the_examples_is_contiguous(tmp_path):
+    """And a share of nothing is the config that stored runs have."""
+    config = importlib.import_module("configs.experiments.skips").get_config().unlock()
+    config.target_length, config.train_length = 64, 12
+    documents = [
+        {"id": f"{i}", "tokens": np.arange(i, i + 64, dtype=np.int32), "segment_lengths": np.full(16, 4, np.int32)}
+        for i in range(40)
+    ]  # fmt: skip
+    write_records(tmp_path / "documents" / "long.array_record", documents)
+    chosen = [
+        row | {"tokens": row["tokens"][30:42], "segment_lengths": np.full(3, 4, np.int32)}
+        for row in documents
+    ]
+    write_records(tmp_path / "selected" / "mixed.array_record", chosen)
+    method = config_lib.method("first", "longrecipe", contiguous_share=0.25)
+    parts = recipe.long_examples(config, tmp_path, "mixed", method, weight=0.8)
+    assert [part.weight for part in parts] == pytest.approx([0.6, 0.2])
+    batch = next(make_loader(parts, seed=0, global_batch_size=40))
+    contiguous = (batch["positions"] == np.arange(12)).all(axis=1)
+    assert contiguous.sum() == 10
+    # Contiguous text is the start of a document, the rest what the method selects.
+    assert (np.diff(batch["tokens"]) == 1).all()
+    from_start = batch["tokens"][:, 0] - 30
+    assert (from_start[~contiguous] >= 0).all() and (from_start[contiguous] < 10).all()
+    (alone,) = recipe.long_examples(
+        config, tmp_path, "mixed", config_lib.method("first", "longrecipe"), weight=0.8
+    )
+    assert alone.weight == 0.8
+    digest = experiment.config_digest(config)
+    for entry in config.methods.values():
+        entry.contiguous_share = 0.5
+    assert experiment.config_digest(config) != digest
 
 
 def test_equal_flops():
@@ -204,6 +285,7 @@ def test_top_selection_and_longce_weights(tmp_path):
         ({"train_length": 600}, r"methods\.longrecipe\.train_length 600: allowed: 0"),
         ({"top_fraction": 1.5}, r"methods\.longrecipe\.top_fraction 1.5: allowed: from 0 to 1"),
         ({"weighting": "loud"}, r"methods\.longrecipe\.weighting 'loud': allowed: '', 'longce'"),
+        ({"contiguous_share": 1.0}, r"methods\.longrecipe\.contiguous_share 1.0: allowed: from 0"),
         ({"selection": "at_positions", "shuffle": True}, "'at_positions' selects nothing"),
     ],
 )

@@ -142,6 +142,7 @@ def test_killed_in_extend_and_started_again_gives_the_same_metrics(finished, tmp
 @pytest.mark.slow
 def test_analyse_says_what_selections_keep(finished):
     flags = ["--chunk=16", "--documents=12", "--lds_documents=1", "--methods=anchor,first"]
+    flags += ["--ablation_documents=2", "--part=16", "--model=probe"]
     command = [sys.executable, "-m", "lrjax.analyse", str(finished), *flags]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -155,6 +156,13 @@ def test_analyse_says_what_selections_keep(finished):
     # What stands at the start of a document has its source before it.
     first = found["methods"]["first"]
     assert first["with_source"] == first["kept"]
+    # The same by what the model makes use of: a token is kept or not, the whole has both.
+    used = found["ablation"]
+    assert used["documents"] == 2 and 0 <= used["references"][0] <= 1
+    for row in found["methods"].values():
+        if row["ablation"]["references"]:
+            assert row["ablation"]["with_source"][0] <= row["ablation"]["kept"][0] <= 1
+    assert "hidden parts of 16 tokens" in result.stdout
 
 
 @pytest.mark.slow

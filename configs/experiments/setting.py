@@ -65,8 +65,8 @@ def claim(text: str, better: str, worse: str, measure: str = "needles", **more) 
         text: what is claimed.
         better, worse: names of rows.
         measure: needles (share found at the target), answer_nll, short_loss; of the last two less is better.
-        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm (or table); worse_arm:
-            where the row `worse` is of another arm, whose runs have the same seeds and so the same bases.
+        more: paper: the paper's figures; margin: above 0, the claim is that they differ by no more; arm, or table;
+            worse_arm: where the row `worse` is of another arm, whose runs have the same seeds and so the same bases.
     """
     return {"text": text, "better": better, "worse": worse, "measure": measure} | more
 

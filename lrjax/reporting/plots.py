@@ -111,6 +111,27 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}"
 
 
+def _heat_map(ax, values, text, low: float, high: float) -> None:
+    """A cell for each of `values` [rows, columns], coloured from `low` to `high`, with `text(value)` in it."""
+    import matplotlib
+
+    ax.imshow(values, cmap=matplotlib.colormaps["cividis"], vmin=low, vmax=high, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = value < low + 0.55 * (high - low)
+            ax.text(
+                column, row, text(value), ha="center", va="center", fontsize=7.5,
+                color="#ffffff" if dark else "#101418",
+            )  # fmt: skip
+    # Gaps of paper between the cells.
+    ax.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    ax.grid(False, which="major")
+    ax.grid(True, which="minor", color=matplotlib.rcParams["axes.facecolor"], linewidth=1.5)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+
+
 @_picture
 def needle_heat_map(cells: Mapping[str, Sequence[Mapping]], window: int | None = None):
     """Share of needles found over length (across) and depth (down), a panel for each checkpoint.
@@ -119,8 +140,6 @@ def needle_heat_map(cells: Mapping[str, Sequence[Mapping]], window: int | None =
         cells: label -> [{"length", "depth" in [0, 1], "correct", "count"}, ...].
         window: tokens the base was trained for; a line stands between the lengths inside and beyond.
     """
-    import matplotlib
-
     every = [cell for panel in cells.values() for cell in panel]
     lengths = sorted({int(cell["length"]) for cell in every})
     depths = sorted({float(cell["depth"]) for cell in every})
@@ -129,28 +148,13 @@ def needle_heat_map(cells: Mapping[str, Sequence[Mapping]], window: int | None =
     height = rows * (0.55 + 0.27 * len(depths)) + 0.35
     figure, axes = _axes(rows, columns, height, used=len(cells))
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.06)
-    colour_map = matplotlib.colormaps["cividis"]
-    paper = matplotlib.rcParams["axes.facecolor"]
     inside = sum(length <= window for length in lengths) if window else 0
     for index, (ax, (label, panel)) in enumerate(zip(axes, cells.items(), strict=True)):
         shares = np.full((len(depths), len(lengths)), np.nan)
         for cell in panel:
             where = depths.index(float(cell["depth"])), lengths.index(int(cell["length"]))
             shares[where] = cell["correct"] / cell["count"] if cell["count"] else np.nan
-        ax.imshow(shares, cmap=colour_map, vmin=0, vmax=1, aspect="auto")
-        for (row, column), share in np.ndenumerate(shares):
-            if np.isfinite(share):
-                ax.text(
-                    column, row, _percent(share), ha="center", va="center", fontsize=7.5,
-                    color="#ffffff" if share < 0.55 else "#101418",
-                )  # fmt: skip
-        # Gaps of paper between the cells.
-        ax.set_xticks(np.arange(len(lengths) + 1) - 0.5, minor=True)
-        ax.set_yticks(np.arange(len(depths) + 1) - 0.5, minor=True)
-        ax.grid(False, which="major")
-        ax.grid(True, which="minor", color=paper, linewidth=1.5)
-        ax.tick_params(which="both", length=0)
-        ax.spines[:].set_visible(False)
+        _heat_map(ax, shares, _percent, 0, 1)
         ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         ax.set_yticks(range(len(depths)), [f"{_percent(depth)} %" for depth in depths])
         if index % columns:
@@ -377,6 +381,26 @@ def seed_dots(panels: Mapping[str, Mapping[str, Mapping]], label: str):
         ax.set_xlim(-3, 103)
         ax.set_title(arm)
     figure.supxlabel(label, fontsize=ax.xaxis.label.get_size(), color=ax.xaxis.label.get_color())
+    return figure
+
+
+@_picture
+def surfaces(panels: Mapping[str, Sequence[Sequence[float]]], rows, columns, label: str):
+    """Figures over two settings, a heat map for each.
+
+    Args:
+        panels: title -> figures [rows][columns]; each has colours of its own.
+        rows, columns: names of the settings' values.
+        label: of the columns.
+    """
+    figure, axes = _axes(1, len(panels), 0.85 + 0.32 * len(rows))
+    for index, (ax, (title, values)) in enumerate(zip(axes, panels.items(), strict=True)):
+        values = np.asarray(values, float)
+        _heat_map(ax, values, "{:.3g}".format, np.nanmin(values), np.nanmax(values))
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows if index == 0 else [""] * len(rows))
+        ax.set_xlabel(label)
+        ax.set_title(title)
     return figure
 
 
