@@ -50,7 +50,10 @@ _ABLATION_DOCUMENTS = _FLAGS.DEFINE_integer(
     lower_bound=0,
 )
 _PART = _FLAGS.DEFINE_integer(
-    "part", 128, "Tokens of a part that is hidden, at least: whole sentences.", lower_bound=1
+    "part",
+    1,
+    "Tokens of a part that is hidden, at least: whole sentences; 1: one sentence.",
+    lower_bound=1,
 )
 
 REPLICATES = 2000
@@ -66,7 +69,7 @@ def measure(
     chunk=128,
     model="base",
     ablation_documents=0,
-    part=128,
+    part=1,
 ) -> dict:
     """The figures of `selections.json`; arguments as the flags."""
     analysis = wd.read_json(workdir / "scores" / "analysis.json")

@@ -56,6 +56,34 @@ def test_sharing_and_batching_change_no_token(params, prompts, alone, batch_size
     assert {i: row.tolist() for i, row in found.items()} == dict(enumerate(alone))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_drawn_answers_are_those_of_the_prompts_own_keys(params, prompts, batch_size):
+    def found(keys, order, size):
+        ask = [prompts[index] for index in order]
+        drawn = dict(
+            answers(
+                CONFIG, params, ask, 7, batch_size=size, chunk=128, temperature=1.0, rng=keys[np.asarray(order)]
+            )
+        )  # fmt: skip
+        return {order[place]: row.tolist() for place, row in drawn.items()}
+
+    keys = jax.random.split(jax.random.key(3), len(prompts))
+    whole = found(keys, range(6), 1)
+    assert found(keys, [4, 1, 3], batch_size) == {index: whole[index] for index in (4, 1, 3)}
+    assert found(keys[::-1], range(6), 1) != whole
+
+
+def test_what_is_drawn_does_not_hang_on_what_else_is_asked(params, prompts):
+    tokenizer = byte_tokenizer()
+    first, second = (
+        lrjax_answerer(CONFIG, params, tokenizer, temperature=1.0, seed=seed) for seed in (0, 1)
+    )
+    ids = [prompts[index] for index in (0, 4, 5)]
+    whole = dict(first(ids, 6, ()))
+    assert dict(first(ids[1:], 6, ())) == {0: whole[1], 1: whole[2]}
+    assert dict(second(ids, 6, ())) != whole
+
+
 def test_a_shared_beginning_is_read_once(params, prompts, alone):
     reader = Reader(CONFIG, params, max_length=SHARED + 40, chunk=128)
     for prompt, answer in zip(prompts[1:4], alone[1:4], strict=True):

@@ -64,9 +64,11 @@ def decode(
     eos_ids[: len(ends)] = ends
     way = "greedy" if not temperature else "draw" if top_p == 1 else "nucleus"
     sampling = (jnp.float32(temperature or 1.0), jnp.float32(top_p), eos_ids)
-    key = jax.random.key(0) if rng is None else rng
+    key_B = jax.random.key(0) if rng is None else rng
+    if not key_B.ndim:
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key_B, jnp.arange(len(last_BD)))
     positions_B = jnp.asarray(positions_B, jnp.int32)
-    token_B, done_B = _first(way, params, last_BD, sampling, key)
+    token_B, done_B = _first(way, params, last_BD, sampling, key_B)
     rows = [[token] for token in np.asarray(token_B).tolist()]
     for start in range(1, max_new_tokens, SEGMENT):
         if stop is not None:
@@ -75,7 +77,7 @@ def decode(
             break
         count = min(SEGMENT, max_new_tokens - start)
         state = _segment(
-            config, way, params, cache, token_B, positions_B, done_B, start, count, sampling, key
+            config, way, params, cache, token_B, positions_B, done_B, start, count, sampling, key_B
         )
         token_B, done_B, cache = state.token_B, state.done_B, state.cache
         kept_B = np.asarray(state.counts_B)
@@ -93,7 +95,7 @@ class _State(NamedTuple):
     cache: dict
 
 
-def _choose(way, params, x_BD, sampling, key, number):
+def _choose(way, params, x_BD, sampling, key_B, number):
     """Token `number` of each row, and whether it ends the row."""
     temperature, top_p, eos_ids = sampling
     logits_BV = next_token_logits(params, x_BD)
@@ -103,19 +105,20 @@ def _choose(way, params, x_BD, sampling, key, number):
         logits_BV = logits_BV / temperature
         if way == "nucleus":
             logits_BV = nucleus(logits_BV, top_p)
-        token_B = jax.random.categorical(jax.random.fold_in(key, number), logits_BV)
+        of_number_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+        token_B = jax.vmap(jax.random.categorical)(of_number_B, logits_BV)
     token_B = token_B.astype(jnp.int32)
     return token_B, (token_B[:, None] == eos_ids).any(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first(way, params, x_BD, sampling, key):
-    return _everywhere(_choose(way, params, x_BD, sampling, key, 0))
+def _first(way, params, x_BD, sampling, key_B):
+    return _everywhere(_choose(way, params, x_BD, sampling, key_B, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _segment(
-    config, way, params, cache, token_B, positions_B, done_B, start, count, sampling, key
+    config, way, params, cache, token_B, positions_B, done_B, start, count, sampling, key_B
 ) -> _State:
     """Tokens number `start` to `start + count - 1`, fewer when every row has ended."""
     B = positions_B.shape[0]
@@ -129,7 +132,7 @@ def _segment(
             jnp.ones((B, 1), jnp.int32),
             state.cache,
         )
-        token_B, ended_B = _choose(way, params, x_BLD[:, 0], sampling, key, number)
+        token_B, ended_B = _choose(way, params, x_BLD[:, 0], sampling, key_B, number)
         return _State(
             count=state.count + 1,
             token_B=token_B,

@@ -59,7 +59,7 @@ def generate(
         the place that it was waiting for is the caller's to cut off.
       positions: rotary positions of each prompt, int [L_b]; default 0, 1, ... The answer counts on from the last.
       prefill_chunk: tokens of the prompts read at a time.
-      rng: a `jax.random.key`, needed when the temperature is not 0.
+      rng: a `jax.random.key`, or one for each prompt, needed when the temperature is not 0.
 
     Returns:
       The new tokens of each prompt, int32.

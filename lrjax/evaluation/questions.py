@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from lrjax.data.loader import stable_hash
 from lrjax.errors import UserError
 from lrjax.evaluation.reader import answers
 from lrjax.evaluation.samples import Prompter, Sample, read_jsonl
@@ -52,7 +53,15 @@ Answerer = Callable[[Sequence[np.ndarray], int, Sequence[str]], Iterable[tuple[i
 def lrjax_answerer(
     config, params, tokenizer, *, batch_size: int = 1, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
 ) -> Answerer:  # fmt: skip
-    """A model as `ask` takes it: answers end at one of the checkpoint's end tokens or a stop string."""
+    """A model as `ask` takes it: answers end at one of the checkpoint's end tokens or a stop string.
+
+    Where they are drawn (`temperature` above 0), what is drawn hangs on the seed and the prompt alone, not on which
+    other prompts are asked.
+    """
+
+    def keys(prompts):
+        hashes = [stable_hash(seed, np.asarray(prompt).tolist()) % 2**32 for prompt in prompts]
+        return jax.vmap(jax.random.key)(np.array(hashes, np.uint32))
 
     def answer(prompts, max_new_tokens, stop):
         def stopped(ids):
@@ -62,7 +71,7 @@ def lrjax_answerer(
         rows = answers(
             config, params, prompts, max_new_tokens, batch_size=batch_size, temperature=temperature,
             top_p=top_p, eos_id=tokenizer.end_ids or None, stop=stopped if stop else None,
-            rng=jax.random.key(seed) if temperature else None,
+            rng=keys(prompts) if temperature and len(prompts) else None,
         )  # fmt: skip
         for index, row in rows:
             if len(row) and row[-1] in tokenizer.end_ids:

@@ -123,8 +123,7 @@ def answers(
       prompts: token ids, int32 [L] each.
       batch_size: prompts that are answered together. What prompts share at their beginning is read once when they
         are alone or when they share at least `SHARED` tokens and most of their length.
-      rng: for a temperature above 0; every prompt's answer depends on it and on the prompt's index alone when
-        batch_size is 1.
+      rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
 
     Raises:
@@ -142,8 +141,11 @@ def answers(
     longest = max(map(len, prompts)) + max_new_tokens
     reader = None
 
-    def key(index):
-        return None if rng is None else jax.random.fold_in(rng, index)
+    if rng is not None and not rng.ndim:
+        rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.arange(len(prompts)))
+
+    def keys(indices):
+        return None if rng is None else rng[np.asarray(indices)]
 
     for family in _families([prompts[index] for index in order], batch_size):
         members = [order[at] for at in family]
@@ -157,14 +159,14 @@ def answers(
                 filled = document.fork([row[shared:] for row in rows], max_new_tokens, chunk)
             else:
                 filled = prefill(config, params, rows, max_new_tokens, chunk)
-            found = filled.generate(max_new_tokens, rng=key(members[0]), keep=False, **options)
+            found = filled.generate(max_new_tokens, rng=keys(members), keep=False, **options)
             yield from zip(members, found, strict=True)
             continue
         if reader is None:
             reader = Reader(config, params, longest, chunk)
         yield (
             members[0],
-            reader.answer(prompts[members[0]], max_new_tokens, rng=key(members[0]), **options),
+            reader.answer(prompts[members[0]], max_new_tokens, rng=keys(members), **options),
         )
 
 
