@@ -2,7 +2,7 @@
 
 `evaluation/CHECKPOINT/TASK.json` for needle in a haystack (niah), perplexity by position, short-window loss and the
 benchmarks of `config.evaluate.suite` ({length: result of questions.ask}), whose answers are kept one by one in
-`evaluation/CHECKPOINT/answers/`; `evaluation/merge_curve.json`: the merged model at other weights;
+`evaluation/CHECKPOINT/answers/`, as the needles' are; `evaluation/merge_curve.json`: the merged model at other weights;
 `evaluation/lds.json`: how much the parts of each method's text depend on each other. The same tasks run during training
 (`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
 
@@ -230,9 +230,10 @@ def _niah_task(config, workdir, tokenizer, lengths=()):
     texts = [document.text for document in open_data(config, workdir, section.haystack)]
 
     def ask(model_config, params, folder=None):
-        del folder
         result = niah.evaluate(
             task, model_config, params, tokenizer, texts, seed=config.seed, fast=section.fast,
+            # What is asked in one pass takes seconds.
+            kept=None if section.fast else folder and folder / "answers" / "niah.jsonl",
             batch_size=section.batch_size, progress=lambda done, total: logging.log_every_n_seconds(
                 logging.INFO, "niah: %d of %d prompts", 20, done, total
             ),

@@ -193,9 +193,32 @@ def test_the_result_says_what_was_asked(words, filler, chatter):
         assert low <= right / 15 == result["accuracy"][str(length)] <= high
     assert len(result["samples"]) == 3
     for sample in result["samples"]:
-        assert sample["needle"].split()[1] == sample["prompt_tail"].split()[-1]
+        assert sample["needle"].split()[1] == sample["prompt"].split()[-1]
         assert sample["needle"].split()[2] == sample["expected"].strip()
     assert result["tokens"] == 15 * (64 + 128) and result["seed"] == 5
+
+
+def test_a_stopped_run_asks_what_is_missing(words, filler, chatter, tmp_path):
+    task, kept = demo_task(samples_per_cell=2, values=SPOKEN), tmp_path / "answers" / "niah.jsonl"
+    arguments = {"batch_size": 4, "prefill_chunk": 32, "kept": kept}
+    whole = evaluate(task, *chatter, words, filler, **arguments)
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 20
+    kept.write_bytes(b"".join(lines[:7]) + lines[7][:9])
+    seen = []
+    again = evaluate(
+        task, *chatter, words, filler, progress=lambda *at: seen.append(at), **arguments
+    )
+    assert again == whole
+    assert seen == [(10, 20), (14, 20), (18, 20), (20, 20)]
+    assert len(kept.read_bytes().splitlines()) == 20
+    with pytest.raises(
+        UserError, match=r"niah.jsonl: answers to other prompts of 64 tokens .* \(10\)"
+    ):
+        evaluate(task, *chatter, words, filler, seed=1, **arguments)
+    kept.write_text('{"length": 64, "prompt": "a", "nll": "b"}\n')
+    with pytest.raises(UserError, match=r"niah.jsonl, line 1: not what"):
+        evaluate(task, *chatter, words, filler, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import pytest
 
@@ -272,12 +271,16 @@ def test_needles_stand_at_their_depths(prompter, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["niah_multiquery", "cwe", "qa_2"])
-def test_131072_tokens_are_made_in_seconds(prompter, material, name):
+def test_131072_tokens_are_fitted_in_a_few_readings(prompter, material, name, monkeypatch):
+    """Seconds a sample are for docs/evaluation.md; what they hang on is how much text is tokenised on the way."""
+    read = []
+    encode = prompter.tokenizer.encode
+    monkeypatch.setattr(
+        prompter.tokenizer, "encode", lambda text: read.append(len(text)) or encode(text)
+    )
     words = wording.ruler()
     ruler.make(name, 1536, prompter, material, words, count=1)
-    start = (
-        time.process_time()
-    )  # 1 to 3 s; the other clock would measure who else is on the machine
+    read.clear()
     (sample,) = ruler.make(name, 131072, prompter, material, words, count=1).samples
     assert 131072 - 300 < sample.length <= 131072
-    assert time.process_time() - start < 5
+    assert 0 < sum(read) < 10 * len(sample.input)  # 6, 7 and 2 times

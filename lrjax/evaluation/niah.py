@@ -13,6 +13,7 @@ the likeliest token is the answer's everywhere, which is the same thing; large o
 
 import dataclasses
 import functools
+import hashlib
 import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,11 +24,10 @@ import numpy as np
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import PREFILL_CHUNK, AnswerScore, check_tokens, prefill
 from lrjax.evaluation.haystack import Haystack
+from lrjax.evaluation.samples import appender, read_appended
 from lrjax.evaluation.statistics import wilson_interval
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
-
-_TAIL = 300  # characters of a prompt that the result shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,7 @@ def evaluate(
     fast: bool = False,
     batch_size: int = 1,
     prefill_chunk: int = PREFILL_CHUNK,
+    kept=None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Asks every prompt of the task.
@@ -118,38 +119,82 @@ def evaluate(
       fast: judge by one forward pass over prompt and answer instead of generating through the cache.
       batch_size: prompts of one length that are worked on together.
       prefill_chunk: tokens read at a time when `fast` is off.
+      kept: jsonl of what the model said to every prompt, written as it goes; a prompt that is there is not asked
+        again. It is of one model: of that the caller keeps watch.
       progress: called with (prompts done, prompts in all) after every batch.
 
     Returns:
       {"accuracy": {length: share}, "interval": {length: [low, high]} (95 %, Wilson), "overall",
       "overall_interval", "nll": {length: nats}, "cells": [{"length", "depth", "correct", "count", "nll"}],
-      "samples": [{"length", "depth", "needle", "prompt_tail", "expected", "generated", "nll"}],
-      "template", "seed", "tokens", "bos" (`add_bos`)}: ready for JSON, lengths as text. nll is a mean over the
+      "samples": [{"length", "depth", "needle", "prompt", "expected", "generated", "nll"}] (three), "template",
+       "seed", "tokens", "bos" (`add_bos`)}: ready for JSON, lengths as text. nll is a mean over the
       answers' tokens.
       A sample's "generated" goes as far as the answer; with `fast`, what follows a wrong token is conditioned
       on the right one.
 
     Raises:
       UserError: no text, a length too short for needle and question, a question whose tokens change when the
-        answer is put after it, a token id beyond the vocabulary.
+        answer is put after it, a token id beyond the vocabulary, a `kept` that is broken or of other prompts.
     """
     total = len(task.lengths) * len(task.depths) * task.samples_per_cell
     asked: list[tuple[Prompt, AnswerScore, np.ndarray]] = []
     judge = _judge_fast if fast else functools.partial(_judge, chunk=prefill_chunk)
     params = jax.tree.map(jax.numpy.asarray, params)
-    for length in task.lengths:
-        prompts = make_prompts(task, tokenizer, tuple(texts), length, seed)
-        check_tokens(config, [prompt.tokens for prompt in prompts], f"niah length {length}, prompt")
-        width = max(prompt.answer_length for prompt in prompts)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            # The last batch is filled up: every batch has the shape that is compiled already.
-            missing = min(batch_size, len(prompts)) - len(batch)
-            answers = judge(config, params, [*batch, *batch[:1] * missing], width)
-            asked += [(prompt, *answer) for prompt, answer in zip(batch, answers, strict=False)]
-            if progress:
-                progress(len(asked), total)
+    said = _read_kept(kept) if kept else {}
+    with appender(kept) as append:
+        for length in task.lengths:
+            prompts = make_prompts(task, tokenizer, tuple(texts), length, seed)
+            check_tokens(config, [p.tokens for p in prompts], f"niah length {length}, prompt")
+            width = max(prompt.answer_length for prompt in prompts)
+            if strange := [at for at in said if at[0] == length and at not in _places(prompts)]:
+                raise UserError(
+                    f"{kept}: answers to other prompts of {length} tokens than are asked now ({len(strange)}); "
+                    "remove the file"
+                )
+            missing = [prompt for prompt in prompts if _place(prompt) not in said]
+            for start in range(0, len(missing), batch_size):
+                batch = missing[start : start + batch_size]
+                # The last batch is filled up: every batch has the shape that is compiled already.
+                short = min(batch_size, len(prompts)) - len(batch)
+                answers = judge(config, params, [*batch, *batch[:1] * short], width)
+                for prompt, answer in zip(batch, answers, strict=False):
+                    said[_place(prompt)] = answer
+                    append(_kept_row(prompt, *answer))
+                if progress:
+                    progress(len(asked) + len(prompts) - len(missing) + start + len(batch), total)
+            asked += [(prompt, *said[_place(prompt)]) for prompt in prompts]
     return _summary(task, asked, tokenizer, seed)
+
+
+def _place(prompt: Prompt) -> tuple[int, str]:
+    """Length and a name that the prompt's tokens alone have."""
+    return prompt.length, hashlib.blake2b(prompt.tokens.tobytes(), digest_size=8).hexdigest()
+
+
+def _places(prompts: Sequence[Prompt]) -> set[tuple[int, str]]:
+    return {_place(prompt) for prompt in prompts}
+
+
+def _kept_row(prompt: Prompt, score: AnswerScore, generated) -> dict:
+    length, name = _place(prompt)
+    return {
+        "length": length, "prompt": name, "depth": prompt.depth, "expected": prompt.answer,
+        "nll": score.nll.tolist(), "argmax": score.argmax.tolist(), "generated": generated.tolist(),
+    }  # fmt: skip
+
+
+def _read_kept(path) -> dict[tuple[int, str], tuple[AnswerScore, np.ndarray]]:
+    """(length, name) of every prompt that has been asked -> what the model said."""
+    said = {}
+    for number, row in read_appended(path):
+        try:
+            score = AnswerScore(np.float32(row["nll"]), np.int32(row["argmax"]))
+            said[row["length"], row["prompt"]] = score, np.int32(row["generated"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}, line {number}: not what a needle's answer is kept as"
+            ) from error
+    return said
 
 
 @functools.lru_cache(maxsize=16)  # every checkpoint of a run is asked the same
@@ -260,7 +305,7 @@ def _summary(task, asked, tokenizer, seed) -> dict:
                 "length": prompt.length,
                 "depth": prompt.depth,
                 "needle": prompt.needle,
-                "prompt_tail": prompt.text[-_TAIL:],
+                "prompt": prompt.text,
                 "expected": prompt.answer,
                 "generated": tokenizer.decode(generated),
                 "nll": float(score.nll.mean()),

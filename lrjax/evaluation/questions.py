@@ -9,9 +9,6 @@ stop asks only what is not there yet.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -21,7 +18,7 @@ from absl import logging
 from lrjax.data.loader import stable_hash
 from lrjax.errors import UserError
 from lrjax.evaluation.reader import answers
-from lrjax.evaluation.samples import Prompter, Sample, read_jsonl
+from lrjax.evaluation.samples import Prompter, Sample, appender, read_appended
 from lrjax.evaluation.statistics import wilson_interval
 
 SHOWN = 3  # samples that a result holds in full
@@ -134,7 +131,7 @@ def ask(
     missing = [sample for sample in task.samples if sample.index not in done]
     if done:
         logging.info("%s: %d of %d answers are there", task.name, len(done), len(task.samples))
-    with _appender(predictions) as append:
+    with appender(predictions) as append:
         given = answer([prompts[s.index] for s in missing], task.max_new_tokens, task.stop)
         for place, text in given:
             sample = missing[place]
@@ -227,19 +224,10 @@ def cut_middle(sample: Sample, prompter: Prompter, room: int) -> tuple[Sample, n
 
 
 def _read_done(path, task: Task, inputs: Mapping[int, str]) -> dict[int, str]:
-    """Answers that are there: {index: text}. A last line that a stop left unfinished is taken off."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        whole = content.rfind(b"\n") + 1
-        logging.warning("%s: the last line is unfinished and is asked again", path)
-        with open(path, "r+b") as file:
-            file.truncate(whole)
+    """Answers that are there: {index: text}."""
     known = {sample.index: sample for sample in task.samples}
     done = {}
-    for number, row in read_jsonl(path):
+    for number, row in read_appended(path):
         sample = known.get(row.get("index"))
         same = sample is not None and list(sample.outputs) == row.get("outputs")
         # Not the whole prompt: a chat template may hold the date, and may take off white space at the ends.
@@ -250,30 +238,6 @@ def _read_done(path, task: Task, inputs: Mapping[int, str]) -> dict[int, str]:
             )
         done[row["index"]] = str(row.get("pred", ""))
     return done
-
-
-class _appender:
-    """Appends rows to a file, each on disk before the next question; process 0 does, and only with a path."""
-
-    def __init__(self, path):
-        self._path, self._file = path, None
-
-    def __enter__(self) -> Callable[[dict], None]:
-        if self._path and jax.process_index() == 0:
-            path = pathlib.Path(self._path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")
-        return self._append
-
-    def _append(self, row: dict) -> None:
-        if self._file:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def __exit__(self, *exception) -> None:
-        if self._file:
-            self._file.close()
 
 
 def progress_log(name: str) -> Callable[[int, int], None]:

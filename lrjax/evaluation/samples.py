@@ -8,15 +8,18 @@ The format is RULER's: {"index", "input", "outputs", "length", "answer_prefix", 
 ours theirs. `Prompter` turns a sample into the tokens that a model gets.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from absl import logging
 
 from lrjax.errors import UserError
 
@@ -91,6 +94,40 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: {type(row).__name__}, not an object")
             yield number, row
+
+
+def read_appended(path) -> Iterator[tuple[int, dict]]:
+    """The rows of a file that `appender` writes, none if it is not there yet.
+
+    A last line that a stop left unfinished is taken off the file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        logging.warning("%s: the last line is unfinished and is asked again", path)
+        with open(path, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+    yield from read_jsonl(path)
+
+
+@contextlib.contextmanager
+def appender(path) -> Iterator[Callable[[dict], None]]:
+    """A function that appends a row to a file, on disk before it returns; process 0 does, and only with a path."""
+    if not path or jax.process_index():
+        yield lambda row: None
+        return
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+
+        def append(row: dict) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield append
 
 
 def write_jsonl(path, rows: Iterable[dict]) -> None:
