@@ -109,9 +109,10 @@ def make_tasks(config, workdir) -> dict:
                     model_config, params, documents, part.window, part.stride, opening=opening
                 )
             if part.key_context:
+                judge = part.key_evaluator and load_checkpoint(config, workdir, part.key_evaluator)
                 result["longppl"] = longppl.longppl(
-                    model_config, params, documents, context=part.key_context, opening=opening
-                )
+                    model_config, params, documents, context=part.key_context, opening=opening, evaluator=judge or None
+                ) | {"evaluator": part.key_evaluator or "itself"}  # fmt: skip
             return result, len(documents), part.length
 
         tasks["perplexity"] = by_position

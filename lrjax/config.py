@@ -227,6 +227,9 @@ def default() -> ConfigDict:
                     "seed": 42,
                     "depths": (0.1, 0.3, 0.5, 0.7, 0.9),  # of niah, passkey, number
                     "together": False,  # the needles of all depths in one haystack
+                    "num_keys": 1,  # of niah_custom
+                    "num_values": 1,
+                    "num_queries": 1,
                     "ruler_dir": "",  # a checkout of RULER: its wording
                     "squad": "",
                     "hotpotqa": "",
@@ -250,6 +253,7 @@ def default() -> ConfigDict:
                     "window": 0,  # also perplexity with a sliding window of so many tokens; 0: not
                     "stride": 256,
                     "key_context": 0,  # also LongPPL, key tokens by a short context of so many tokens; 0: not
+                    "key_evaluator": "",  # the checkpoint of the run that chooses them, "base"; "": each its own
                 }
             ),
             # Long Dependency Score of what every method keeps, read by the base in chunks of so many tokens; of so many
@@ -416,6 +420,12 @@ def check(config) -> None:
     if during.every < 0 or (during.tasks and not during.every):
         raise UserError(
             f"config.evaluate.during.every {during.every}: allowed: 1 and more where tasks are named"
+        )
+    evaluators = ["", "base", "probe", *config.methods]
+    if config.evaluate.perplexity.key_evaluator not in evaluators:
+        raise UserError(
+            f"config.evaluate.perplexity.key_evaluator {config.evaluate.perplexity.key_evaluator!r}: allowed: "
+            f"{', '.join(map(repr, evaluators))}"
         )
     if not 0 <= config.merge.base_weight <= 1:
         raise UserError(

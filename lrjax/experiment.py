@@ -185,7 +185,9 @@ def config_digest(config) -> str:
     Without what was added after the first stored runs, either, where it changes nothing.
     """
     left_out = ("seed", "model.source", "model.attention_block")
-    added = {"contiguous_share": 0.0}
+    added = {
+        "contiguous_share": 0.0, "num_keys": 1, "num_values": 1, "num_queries": 1, "key_evaluator": "",
+    }  # fmt: skip
 
     def counts(name, value):
         field = name.rsplit(".", 1)[-1]

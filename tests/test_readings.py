@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 
 from lrjax import assessment, evaluate
+from lrjax import config as config_lib
 from lrjax import workdir as wd
 from lrjax.checkpoints import orbax
 from lrjax.config import default
@@ -156,6 +157,30 @@ def test_a_run_reads_its_documents_and_needles_with_bos(params, tokenizer, tmp_p
     for document in read_tokens[:2]:
         assert document[: len(opening)].tolist() == opening
         assert tokenizer.decode(document[len(opening) :]).startswith("The river ran on.")
+
+
+def test_a_checkpoint_of_the_run_chooses_the_key_tokens_of_all(params, tmp_path, monkeypatch):
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    (tmp_path / "texts.txt").write_text("The river ran on. Nobody knew why it ran. " * 30)
+    orbax.save_model(tmp_path / "checkpoints" / "base", CONFIG, params[1])
+    config = default().unlock()
+    config.data.sources = {"river": str(tmp_path / "texts.txt")}
+    config.evaluate.perplexity.update(
+        source="river", documents=1, length=48, buckets=(24, 48), key_context=16, key_evaluator="base"
+    )  # fmt: skip
+    config_lib.check(config)
+    judges = []
+    monkeypatch.setattr(
+        longppl, "longppl", lambda *model, evaluator, **more: judges.append(evaluator) or {}
+    )
+    found, _, _ = assessment.make_tasks(config, tmp_path)["perplexity"](CONFIG, params[0])
+    assert found["longppl"]["evaluator"] == "base"
+    ((judge_config, judge),) = judges
+    assert judge_config.vocab_size == CONFIG.vocab_size
+    jax.tree.map(np.testing.assert_array_equal, judge, params[1])
+    config.evaluate.perplexity.key_evaluator = "another"
+    with pytest.raises(UserError, match=r"key_evaluator 'another': allowed: '', 'base', 'probe'"):
+        config_lib.check(config)
 
 
 @pytest.fixture(scope="module")
