@@ -2,6 +2,7 @@
 
     WORKDIR/analysis/selections.json     everything below, with the settings
     WORKDIR/analysis/selections.md       the table
+    WORKDIR/analysis/ablation.jsonl      with --ablation_documents: what the tokens of each document go by
 
 The run needs its stages import to analyse. For every score that is stored (`longrecipe/impact.py`): the anchor classes
 it finds, the p-value of its flatness and, where documents have marked answers, how well it tells them from the others.
@@ -32,6 +33,7 @@ from lrjax import choosing, examples, sharding
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
+from lrjax.evaluation.samples import appender, read_appended
 from lrjax.longrecipe import ablation, dependency, impact, references, selection
 from lrjax.run import load_checkpoint, open_mesh
 
@@ -79,9 +81,9 @@ def measure(
     reader, wholes, hidden = None, [], []
     if lds_documents or ablation_documents:
         reader = load_checkpoint(config, workdir, model)
-    for id_ in ids[:ablation_documents]:
-        hidden.append(_without_parts(reader, samples.by_id(id_), part, config.window))
-        logging.info("analyse: parts of %d documents hidden", len(hidden))
+    if ablation_documents:
+        asked = [samples.by_id(id_) for id_ in ids[:ablation_documents]]
+        hidden = _without_parts(config, workdir, reader, asked, model=model, part=part)
     if lds_documents:
         for id_ in ids[:lds_documents]:
             tokens = samples.by_id(id_)["tokens"]
@@ -148,17 +150,35 @@ def measure(
     return found
 
 
-def _without_parts(reader, record, size: int, window: int) -> dict:
-    """Of every token of a document its part, the part it goes by, and whether that is where it is copied from."""
-    tokens_L = record["tokens"]
-    part_L = ablation.parts(record["segment_lengths"], size)
-    source_L = ablation.source_parts(ablation.lost_without(reader, tokens_L, part_L, window=window))
-    copied_L = references.copies(tokens_L)
-    far_L = references.is_far(copied_L, window)
-    return {
-        "part_L": part_L, "source_L": source_L, "copied_far_L": far_L,
-        "same_L": far_L & (source_L == part_L[copied_L]),
-    }  # fmt: skip
+def _without_parts(config, workdir, reader, records, *, model: str, part: int) -> list[dict]:
+    """Of every token of each document its part, the part it goes by, and whether that is where it is copied from.
+
+    What has been read, which takes minutes a document, is kept in analysis/ablation.jsonl.
+    """
+    setting = {"model": model, "part": part, "window": config.window, "least": ablation.LEAST}
+    file = workdir / "analysis" / "ablation.jsonl"
+    known = {
+        row["id"]: np.array(row["source"], np.int32)
+        for _, row in read_appended(file)
+        if setting.items() <= row.items()
+    }
+    found = []
+    with appender(file) as append:
+        for record in records:
+            tokens_L, id_ = record["tokens"], record["id"]
+            part_L = ablation.parts(record["segment_lengths"], part)
+            if id_ not in known:
+                lost_PL = ablation.lost_without(reader, tokens_L, part_L, window=config.window)
+                known[id_] = ablation.source_parts(lost_PL)
+                append({"id": id_, **setting, "source": known[id_].tolist()})
+            source_L, copied_L = known[id_], references.copies(tokens_L)
+            far_L = references.is_far(copied_L, config.window)
+            same_L = far_L & (source_L == part_L[copied_L])
+            found.append(
+                {"part_L": part_L, "source_L": source_L, "copied_far_L": far_L, "same_L": same_L}
+            )
+            logging.info("analyse: parts of %d documents hidden", len(found))
+    return found
 
 
 def _agreement(hidden) -> dict:

@@ -163,6 +163,11 @@ def test_analyse_says_what_selections_keep(finished):
         if row["ablation"]["references"]:
             assert row["ablation"]["with_source"][0] <= row["ablation"]["kept"][0] <= 1
     assert "hidden parts of 16 tokens" in result.stdout
+    kept = finished / "analysis" / "ablation.jsonl"
+    before = kept.read_bytes()
+    assert before.count(b"\n") == 2
+    again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.stdout == result.stdout and kept.read_bytes() == before
 
 
 @pytest.mark.slow
