@@ -33,7 +33,7 @@ from lrjax import choosing, examples, sharding
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
-from lrjax.evaluation.samples import appender, read_appended
+from lrjax.jsonl import appender, read_appended
 from lrjax.longrecipe import ablation, dependency, impact, references, selection
 from lrjax.run import load_checkpoint, open_mesh
 

@@ -2,7 +2,8 @@
 
 `evaluation/CHECKPOINT/TASK.json` for needle in a haystack (niah), perplexity by position, short-window loss and the
 benchmarks of `config.evaluate.suite` ({length: result of questions.ask}), whose answers are kept one by one in
-`evaluation/CHECKPOINT/answers/`, as the needles' are; `evaluation/merge_curve.json`: the merged model at other weights;
+`evaluation/CHECKPOINT/answers/`, as the needles' are (a checkpoint that is made again is asked again when
+`evaluation/CHECKPOINT` is removed); `evaluation/merge_curve.json`: the merged model at other weights;
 `evaluation/lds.json`: how much the parts of each method's text depend on each other. The same tasks run during training
 (`during_training`): `evaluation/STAGE/steps/STEP/TASK.json` and a row of the metrics.
 
@@ -11,6 +12,7 @@ Documents and needle prompts begin with what the tokenizer puts before a text (b
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from absl import logging
@@ -97,6 +99,10 @@ def make_tasks(config, workdir) -> dict:
             config, workdir, tokenizer, section.perplexity.source, section.perplexity
         )
 
+        @functools.cache  # one for all checkpoints
+        def chooser():
+            return load_checkpoint(config, workdir, section.perplexity.key_evaluator)
+
         def by_position(model_config, params, folder=None):
             del folder
             part = section.perplexity
@@ -109,7 +115,7 @@ def make_tasks(config, workdir) -> dict:
                     model_config, params, documents, part.window, part.stride, opening=opening
                 )
             if part.key_context:
-                judge = part.key_evaluator and load_checkpoint(config, workdir, part.key_evaluator)
+                judge = part.key_evaluator and chooser()
                 result["longppl"] = longppl.longppl(
                     model_config, params, documents, context=part.key_context, opening=opening, evaluator=judge or None
                 ) | {"evaluator": part.key_evaluator or "itself"}  # fmt: skip
@@ -180,6 +186,12 @@ def during_training(config, workdir, stage: str):
     if not section.every or not section.tasks or (section.stages and stage not in section.stages):
         return None
     tasks = make_tasks(config, workdir)
+    judge = config.evaluate.perplexity.key_evaluator
+    if "perplexity" in section.tasks and judge and not orbax.is_model(checkpoint(workdir, judge)):
+        raise UserError(
+            f"config.evaluate.perplexity.key_evaluator {judge!r}: it is not there while {stage!r} is trained; allowed: "
+            "another one, or config.evaluate.during.stages without this stage"
+        )
     unknown = [name for name in section.tasks if name not in tasks]
     if unknown:
         raise UserError(

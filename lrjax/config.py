@@ -10,6 +10,8 @@ def get_config(variant=""):
 """
 
 import dataclasses
+import re
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -20,6 +22,14 @@ from lrjax.models.llama import LlamaConfig
 from lrjax.models.rope import PLAIN, ROPE_TYPES, RopeScaling, paper_theta
 
 WEIGHTINGS = ("", "longce")
+
+# Fields that came after there were runs, with the value that changes nothing: at it, a config is the one that runs
+# begun before and stored runs have.
+ADDED = {
+    r"(methods\.[^.]+|probe\.method)\.contiguous_share": 0.0,
+    r"evaluate\.suite\.num_(keys|values|queries)": 1,
+    r"evaluate\.perplexity\.key_evaluator": "",
+}
 
 
 def training(**changes) -> ConfigDict:
@@ -79,7 +89,7 @@ def method(selection: str, positions: str, **changes) -> ConfigDict:
             "train_length": 0,  # tokens of an example; 0: config.train_length
             "top_fraction": 0.0,  # of selection top; 0: config.analyse.top_fraction
             "shuffle": False,  # the kept sentences in random order, not the text's: what is coherence worth?
-            # Share of the long examples that are the start of a document at contiguous positions instead.
+            # Share of the long examples that are the start of a sample at contiguous positions instead.
             "contiguous_share": 0.0,
             # Loss weights of the kept tokens: "" (all alike) | longce: min(exp(change of log-probability), 5), the
             # weight of LongCE (arXiv 2410.23771) from the base against the probe.
@@ -253,7 +263,7 @@ def default() -> ConfigDict:
                     "window": 0,  # also perplexity with a sliding window of so many tokens; 0: not
                     "stride": 256,
                     "key_context": 0,  # also LongPPL, key tokens by a short context of so many tokens; 0: not
-                    "key_evaluator": "",  # the checkpoint of the run that chooses them, "base"; "": each its own
+                    "key_evaluator": "",  # a checkpoint of the run that chooses them for all, "base"; "": each its own
                 }
             ),
             # Long Dependency Score of what every method keeps, read by the base in chunks of so many tokens; of so many
@@ -268,6 +278,15 @@ def default() -> ConfigDict:
         }
     )
     return config
+
+
+def without_added(flat: Mapping) -> dict:
+    """A flat config without the fields of `ADDED` that change nothing."""
+
+    def changes(name, value):
+        return not any(re.fullmatch(n, name) and value == neutral for n, neutral in ADDED.items())
+
+    return {name: value for name, value in flat.items() if changes(name, value)}
 
 
 def paper() -> ConfigDict:
@@ -421,7 +440,7 @@ def check(config) -> None:
         raise UserError(
             f"config.evaluate.during.every {during.every}: allowed: 1 and more where tasks are named"
         )
-    evaluators = ["", "base", "probe", *config.methods]
+    evaluators = ["", "base", "probe", *config.methods, "replayed", "merged"]
     if config.evaluate.perplexity.key_evaluator not in evaluators:
         raise UserError(
             f"config.evaluate.perplexity.key_evaluator {config.evaluate.perplexity.key_evaluator!r}: allowed: "

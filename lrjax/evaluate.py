@@ -33,7 +33,8 @@ from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, questions, readings, suite
 from lrjax.evaluation.decoding import ready
-from lrjax.evaluation.samples import Prompter, read_jsonl, read_samples, write_jsonl
+from lrjax.evaluation.samples import Prompter, read_samples
+from lrjax.jsonl import read_jsonl, write_jsonl
 from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 

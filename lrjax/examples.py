@@ -162,6 +162,13 @@ def placed_component(
     return Component(source, place, weight)
 
 
+def example_length(config, method) -> int:
+    """Tokens of a long example of a method."""
+    if method.positions == "full":
+        return config.target_length
+    return method.train_length or config.train_length
+
+
 def shuffled(token_index, segment_lengths, rng):
     """`(token_index, segment_lengths)` of a selection with its sentences in random order."""
     order = rng.permutation(len(segment_lengths))

@@ -180,20 +180,10 @@ def _base(workdir, config) -> pathlib.Path:
 
 
 def config_digest(config) -> str:
-    """Of the config of an arm, without its seed, where its base lies, and splash's blocks, which are of TPUs alone.
-
-    Without what was added after the first stored runs, either, where it changes nothing.
-    """
+    """Of the config of an arm, without its seed, where its base lies, and splash's blocks, which are of TPUs alone."""
     left_out = ("seed", "model.source", "model.attention_block")
-    added = {
-        "contiguous_share": 0.0, "num_keys": 1, "num_values": 1, "num_queries": 1, "key_evaluator": "",
-    }  # fmt: skip
-
-    def counts(name, value):
-        field = name.rsplit(".", 1)[-1]
-        return name not in left_out and (field not in added or value != added[field])
-
-    return _digest({k: v for k, v in wd.flatten(config).items() if counts(k, v)})
+    flat = config_lib.without_added(wd.flatten(config))
+    return _digest({name: value for name, value in flat.items() if name not in left_out})
 
 
 def _digest(flat: dict) -> str:
@@ -360,6 +350,8 @@ def collect(config, workdir) -> dict:
     trained = wd.read_json(workdir / "stages" / "extend.json")["methods"]
     for name, method in config.methods.items():
         rows[name] |= {"text": method.selection, "positions": method.positions}
+        if method.contiguous_share:
+            rows[name]["contiguous_share"] = method.contiguous_share
         rows[name] |= {key: trained[name][key] for key in ("tokens", "flops")}
     if (folder / "merge_curve.json").is_file():
         for point in wd.read_json(folder / "merge_curve.json"):
@@ -377,7 +369,7 @@ def collect(config, workdir) -> dict:
         "made_by": [
             note for place in dict.fromkeys((base, workdir)) for note in provenance.notes(place)
         ],
-        "anchors": anchors if uses_them else [],
+        "anchors": anchors if uses_them else None,
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "target": config.target_length,
         "rows": rows,

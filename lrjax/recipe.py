@@ -214,20 +214,13 @@ def _extend(config, workdir, stage, method, section):
         for field in ("steps", "global_batch_size", "grow_from"):
             if method[field] >= 0:
                 section[field] = method[field]
-    length = example_length(config, method)
+    length = examples.example_length(config, method)
     components = long_examples(
         config, workdir, stage, method, weight=1.0 - sum(section.mixture.values())
     )
     components += mixture(config, workdir, section, length)
     _, facts = _train(config, workdir, stage, (extended, params), section, components, length)
     return facts
-
-
-def example_length(config, method) -> int:
-    """Tokens of a long example of a method."""
-    if method.positions == "full":
-        return config.target_length
-    return method.train_length or config.train_length
 
 
 def long_examples(config, workdir, stage, method, *, weight: float) -> list[Component]:
@@ -238,7 +231,7 @@ def long_examples(config, workdir, stage, method, *, weight: float) -> list[Comp
         file = "documents/long" if from_source else f"selected/{stage}"
         return examples.placed_component(
             examples.open_records(workdir / f"{file}.array_record"), positions, config.target_length,
-            train_length=example_length(config, method), from_source=from_source, weight=share * weight,
+            train_length=examples.example_length(config, method), from_source=from_source, weight=share * weight,
         )  # fmt: skip
 
     share = method.contiguous_share

@@ -52,7 +52,10 @@ Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of
   (a margin is named) is confirmed where all of the interval is within the margin, refuted where all is outside. p is
   Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625). Nothing is corrected for
   the number of claims.
-- A seed is a base of its own with documents of its own; all methods of a seed share its base.
+- A seed is a base of its own with documents of its own; all methods of a seed share its base. (SmolLM2's rows all
+  start from the published weights, and a seed is the order of the text, the positions and the needles alone: intervals
+  over its seeds say nothing of other models or texts.)
+- A table that is not complete has a column of seeds; a claim is about the seeds that have both rows.
 - **Perplexity** is of held-out long documents, by the position of the token.
 - TFLOP is training alone: the probe and the scoring that LongRecipe's selections go by are in no row.
 - One rule was made after some of these runs had been seen: a class in more than 90 % of the sentences is no anchor
@@ -118,10 +121,15 @@ def joined(results: Mapping) -> Mapping:
         whole = runs.setdefault(
             (run["seed"], table),
             {"arm": table, "seed": run["seed"], "target": run["target"], "seconds": 0.0}
-            | {"rows": {}, "anchors": [], "made_by": [], "digests": {}},
+            | {"rows": {}, "anchors": None, "made_by": [], "digests": {}},
         )
+        if twice := whole["rows"].keys() & run["rows"].keys():
+            raise UserError(
+                f"{results['name']}: two arms of table {table!r} have the row {min(twice)!r}"
+            )
         whole["rows"] |= run["rows"]
-        whole["anchors"] += [name for name in run["anchors"] if name not in whole["anchors"]]
+        if run["anchors"] is not None:
+            whole["anchors"] = sorted({*(whole["anchors"] or ()), *run["anchors"]})
         whole["made_by"] += run["made_by"]
         whole["digests"][run["arm"]] = run["config_digest"]
         whole["seconds"] += run["seconds"]
@@ -185,14 +193,16 @@ def _table(results) -> list[str]:
             "tokens",
             "TFLOP",
         ]
+        partly = len({len(found) for found in rows.values()}) > 1
+        head += ["seeds"] * partly
         scored = any("lds" in found[0] for found in rows.values())
         head += ["LDS"] * scored
         # Where the base breaks: from the last bucket in its window on.
-        buckets = [
-            bucket
-            for bucket in next(iter(rows.values()))[0].get("perplexity", ())
-            if int(bucket.partition("-")[2]) >= results["window"]
-        ]
+        read = {
+            bucket for row in rows.values() for run in row for bucket in run.get("perplexity", ())
+        }
+        ends = {bucket: int(bucket.partition("-")[2]) for bucket in read}
+        buckets = sorted((b for b in read if ends[b] >= results["window"]), key=ends.get)
         head += [f"perplexity {bucket}" for bucket in buckets]
         if many:
             lines += [f"**{arm}**", ""]
@@ -209,13 +219,17 @@ def _table(results) -> list[str]:
             cells.append(_number([measure(row, "short_loss", target) for row in found], 2))
             cells.append(f"{found[0]['tokens']:,}" if "tokens" in found[0] else "")
             cells.append(f"{found[0]['flops'] / 1e12:.3g}" if "flops" in found[0] else "")
+            cells += [", ".join(map(str, _row(results, arm, name)))] * partly
             cells += [_number([row.get("lds") for row in found], 2)] * scored
             cells += [
-                _number([row["perplexity"][bucket] for row in found], 1) for bucket in buckets
+                _number([row.get("perplexity", {}).get(bucket) for row in found], 1)
+                for bucket in buckets
             ]
             lines.append("| " + " | ".join(cells) + " |")
-        anchors = sorted({", ".join(run["anchors"]) or "none" for run in runs})
-        lines += ["", f"Anchor classes that the analysis found: {'; '.join(anchors)}.", ""]
+        lines.append("")
+        used = [run["anchors"] for run in runs if run["anchors"] is not None]
+        if anchors := sorted({", ".join(each) or "none" for each in used}):
+            lines += [f"Anchor classes that the analysis found: {'; '.join(anchors)}.", ""]
     return lines
 
 
@@ -354,17 +368,21 @@ def _not_run(configs: pathlib.Path, known: set[str]) -> str:
 
 
 def by_arm(results) -> dict[str, dict[str, list[dict]]]:
-    """arm -> row -> what each seed found, seeds in order; only rows that every seed of the arm has."""
+    """arm -> row -> what each seed that has it found, seeds in order."""
     found = {}
     for arm in results["arms"]:
-        runs = sorted(
-            (run for run in results["runs"] if run["arm"] == arm), key=lambda run: run["seed"]
-        )
-        if runs:
-            names = [name for name in runs[0]["rows"] if all(name in run["rows"] for run in runs)]
-            names.sort(key=_order)
-            found[arm] = {name: [run["rows"][name] for run in runs] for name in names}
+        names = {name for run in results["runs"] if run["arm"] == arm for name in run["rows"]}
+        if names:
+            found[arm] = {
+                name: [*_row(results, arm, name).values()] for name in sorted(names, key=_order)
+            }
     return found
+
+
+def _row(results, arm: str, name: str) -> dict[int, dict]:
+    """{seed: what it found in a row of an arm}, seeds in order."""
+    runs = sorted((run["seed"], run["rows"]) for run in results["runs"] if run["arm"] == arm)
+    return {seed: rows[name] for seed, rows in runs if name in rows}
 
 
 def _order(name: str) -> tuple:
@@ -399,17 +417,14 @@ def distant(row: Mapping, target: int, near: float, far: float) -> float | None:
 
 
 def compare(results: Mapping, claim: Mapping) -> dict | None:
-    """`statistics.paired` of the claim's rows, and its "verdict"; None where a row is not there, or the two are of
-    arms whose runs have other seeds."""
-    arms = by_arm(results)
+    """`statistics.paired` of the claim's rows over the seeds that have both, and its "verdict"; None without one."""
     arm = claim.get("arm", results["arms"][0])
-    other = claim.get("worse_arm", arm)
-    if _seeds(results, arm) != _seeds(results, other):
-        return None
     target = _target(results, arm)
+    better = _row(results, arm, claim["better"])
+    worse = _row(results, claim.get("worse_arm", arm), claim["worse"])
     pairs = [
-        [measure(row, claim["measure"], target) for row in arms.get(of, {}).get(claim[side], ())]
-        for of, side in ((arm, "better"), (other, "worse"))
+        [measure(row[seed], claim["measure"], target) for seed in better if seed in worse]
+        for row in (better, worse)
     ]
     if not all(pairs) or None in pairs[0] + pairs[1]:
         return None
@@ -454,19 +469,24 @@ def merge_surface(results) -> tuple[dict[str, list[list[float]]], list[str], lis
         return None
 
     def means(name: str, scale: float):
-        return [
-            [
-                scale
-                * float(np.mean([measure(run, name, _target(results, arm)) for run in rows[row]]))
-                for row in of_all
-            ]
+        found = [
+            [[measure(run, name, _target(results, arm)) for run in rows[row]] for row in of_all]
             for arm, rows in arms.items()
         ]
+        if any(value is None for rows in found for values in rows for value in values):
+            return None
+        return [[scale * float(np.mean(values)) for values in rows] for rows in found]
 
-    panels_ = {
-        "Needles found at the target, %": means("needles", 100),
-        "Loss of short text, nats": means("short_loss", 1),
-    }
+    panels_ = {}
+    for title, name, scale in (
+        ("Needles found at the target, %", "needles", 100),
+        ("Loss of short text, nats", "short_loss", 1),
+    ):
+        values = means(name, scale)
+        if values is not None:
+            panels_[title] = values
+    if not panels_:
+        return None
     return panels_, list(arms), [row.removeprefix("base_") for row in of_all]
 
 

@@ -146,21 +146,22 @@ def _about(config, name: str) -> dict:
     group = (
         "LongRecipe and its controls" if method.positions.startswith("longrecipe") else "Baselines"
     )
-    return {"group": group, "note": f"text: {method.selection}, positions: {method.positions}"}
+    note = f"text: {method.selection}, positions: {method.positions}"
+    if method.contiguous_share:
+        note += f"; {100 * method.contiguous_share:.0f} % of the examples: the start of a sample, contiguous"
+    return {"group": group, "note": note}
 
 
 def _positions(config, workdir) -> dict:
-    """{transform: position arrays} as training drew them, for every transform of the config."""
+    """{transform: position arrays} as training drew them, of every transform of the config, without the contiguous
+    examples that a method has a share of."""
     drawn = {}
     for name, method in config.methods.items():
         if not method.positions or method.positions in drawn:
             continue
         rng = np.random.default_rng(config.seed)
         if method.selection == "at_positions":
-            length = method.train_length or config.train_length
-            if method.positions == "full":
-                length = config.target_length
-            segments = [np.asarray([length])]
+            segments = [np.asarray([examples.example_length(config, method)])]
         else:
             file = workdir / "selected" / f"{name}.array_record"
             if not file.is_file():

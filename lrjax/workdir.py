@@ -11,6 +11,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
+from lrjax.config import without_added
 from lrjax.errors import UserError
 from lrjax.sharding import barrier
 
@@ -76,7 +77,7 @@ def claim(workdir, config) -> None:
     file = workdir / "config.json"
     mine = json.loads(json.dumps(flatten(config)))
     if file.exists():
-        theirs = read_json(file)
+        mine, theirs = without_added(mine), without_added(read_json(file))
         different = [
             f"{name} ({theirs.get(name, 'absent')!r} there, {mine.get(name, 'absent')!r} here)"
             for name in sorted(set(mine) | set(theirs))

@@ -9,7 +9,8 @@ from lrjax.errors import UserError
 from lrjax.evaluation import humaneval, longbench, loogle, sandbox, wording
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import ask
-from lrjax.evaluation.samples import Prompter, Sample, write_jsonl
+from lrjax.evaluation.samples import Prompter, Sample
+from lrjax.jsonl import write_jsonl
 
 ANSWERS = {
     "passage_count": "7",

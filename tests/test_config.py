@@ -1,5 +1,6 @@
 """Every config in the repository is instantiated, checked, and its training step traced for shapes."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from lrjax import config as config_lib
+from lrjax import workdir
 from lrjax.checkpoints import families
 from lrjax.errors import UserError
+from lrjax.evaluation import suite
 from lrjax.models.llama import LlamaConfig, abstract_params
 from lrjax.training.loop import make_train_step
 from lrjax.training.optimizer import make_optimizer
@@ -176,3 +179,30 @@ def test_impossible_values_are_refused(field, value, message):
         config[field] = value
     with pytest.raises(UserError, match=message):
         config_lib.check(config)
+
+
+def test_a_run_goes_on_though_fields_were_added(tmp_path):
+    config = config_lib.default().unlock()
+    config.methods = {"longrecipe": config_lib.method("anchor", "longrecipe")}
+    config.probe.method = config_lib.method("first", "longrecipe")
+    flat = workdir.flatten(config)
+    before = config_lib.without_added(flat)
+    names = sorted(flat.keys() - before.keys())
+    assert names == [
+        "evaluate.perplexity.key_evaluator",
+        *(f"evaluate.suite.num_{name}" for name in ("keys", "queries", "values")),
+        "methods.longrecipe.contiguous_share",
+        "probe.method.contiguous_share",
+    ]
+    workdir.write_json(tmp_path / "config.json", before)
+    workdir.claim(tmp_path, config)
+    config.methods.longrecipe.contiguous_share = 0.5
+    with pytest.raises(UserError, match=r"contiguous_share \('absent' there, 0.5 here\)"):
+        workdir.claim(tmp_path, config)
+
+
+def test_what_a_run_asks_are_options_of_the_suite():
+    section = {*config_lib.default().evaluate.suite}
+    assert section - {"limit", "chat", "batch_size"} == {
+        field.name for field in dataclasses.fields(suite.Options)
+    }

@@ -24,6 +24,7 @@ from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.evaluation.statistics import paired, t_interval
 from lrjax.longrecipe.positions import TRANSFORMS
+from lrjax.reporting import plots
 from lrjax.training.loop import block_length, segments_of_blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,7 +100,12 @@ def test_the_real_models_arms():
     for arm in smollm2.ARMS:
         config = smollm2.get_config(arm)
         config_lib.check(config)
-        config_lib.check(smollm2.get_config(f"{arm},smoke"))
+        smoke = smollm2.get_config(f"{arm},smoke")
+        config_lib.check(smoke)
+        assert smoke.evaluate.checkpoints == config.evaluate.checkpoints
+        # A config does not hang on which were made before.
+        digest = experiment.config_digest(config)
+        assert experiment.config_digest(smollm2.get_config(arm)) == digest
         niah = config.evaluate.niah
         assert len(niah.depths) * niah.samples_per_cell >= 15
         assert max(niah.lengths) == config.target_length == config.evaluate.perplexity.buckets[-1]
@@ -120,7 +126,7 @@ def test_arms_of_one_table_become_one():
             "rows": rows, "anchors": ["number"], "made_by": [f"{arm} {seed}"],
         }  # fmt: skip
 
-    stored = {"arms": ["16k-a", "16k-b", "32k-a"], "runs": [
+    stored = {"name": "n", "arms": ["16k-a", "16k-b", "32k-a"], "runs": [
         run("16k-a", 0, base=1, a=2), run("16k-b", 0, b=3), run("16k-a", 1, base=4, a=5), run("32k-a", 0, a=6),
     ]}  # fmt: skip
     joined = results.joined(stored)
@@ -132,7 +138,11 @@ def test_arms_of_one_table_become_one():
     assert first["made_by"] == ["16k-a 0", "16k-b 0"] and first["seconds"] == 3
     assert first["digests"] == {"16k-a": "digest of 16k-a", "16k-b": "digest of 16k-b"}
     assert first["anchors"] == ["number"]
-    assert {*results.by_arm(joined)["16k"]} == {"base", "a"}  # what every seed has
+    # A row is of the seeds that have it.
+    assert results.by_arm(joined)["16k"] == {"base": [1, 4], "a": [2, 5], "b": [3]}
+    again = stored | {"runs": [run("16k-a", 0, base=1), run("16k-b", 0, base=3)]}
+    with pytest.raises(UserError, match=r"n: two arms of table '16k' have the row 'base'"):
+        results.joined(again)
     alone = {"arms": ["", "8x"], "runs": []}
     assert results.joined(alone) is alone
 
@@ -157,10 +167,12 @@ def test_the_surface_of_replay_and_merge():
     )  # means of 0 and 10 %, of 25 and 35 %
     assert panels["Loss of short text, nats"] == [[0.5, 0.75]] * 2
     assert results.merge_surface(stored | {"arms": ["replay1"]}) is None
+    del runs[0]["rows"]["base_0"]["short_loss"]
+    assert list(results.merge_surface(stored)[0]) == ["Needles found at the target, %"]
+    assert plots.surfaces(panels, arms, weights, "weight").startswith(b"\x89PNG")
 
 
 def test_a_share_of_the_examples_is_contiguous(tmp_path):
-    """And a share of nothing is the config that stored runs have."""
     config = importlib.import_module("configs.experiments.skips").get_config().unlock()
     config.target_length, config.train_length = 64, 12
     documents = [
@@ -349,7 +361,9 @@ def test_a_claim_may_be_about_two_arms():
     claim = setting.claim("alike", "a", "b", arm="a", worse_arm="b")
     found = results.compare({"arms": ["a", "b"], "runs": runs}, claim)
     assert found["mean"] == pytest.approx((8 + 4) / 80 / 2)
-    assert results.compare({"arms": ["a", "b"], "runs": runs[:3]}, claim) is None
+    # Of the seeds that have both.
+    assert results.compare({"arms": ["a", "b"], "runs": runs[:3]}, claim)["count"] == 1
+    assert results.compare({"arms": ["a", "b"], "runs": runs[:2]}, claim) is None
 
 
 def test_near_and_far_needles():

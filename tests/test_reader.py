@@ -71,6 +71,11 @@ def test_drawn_answers_are_those_of_the_prompts_own_keys(params, prompts, batch_
     whole = found(keys, range(6), 1)
     assert found(keys, [4, 1, 3], batch_size) == {index: whole[index] for index in (4, 1, 3)}
     assert found(keys[::-1], range(6), 1) != whole
+    for wrong in (keys[:2], jax.random.PRNGKey(0)):
+        with pytest.raises(UserError, match=r"allowed: one jax.random.key, or 1"):
+            generate(CONFIG, params, prompts[:1], 2, temperature=1.0, rng=wrong)
+        with pytest.raises(UserError, match=r"allowed: one jax.random.key, or 6"):
+            dict(answers(CONFIG, params, prompts, 2, temperature=1.0, rng=wrong))
 
 
 def test_what_is_drawn_does_not_hang_on_what_else_is_asked(params, prompts):

@@ -12,7 +12,8 @@ from lrjax.errors import UserError
 from lrjax.evaluation import depths, qa_sample, ruler, wording
 from lrjax.evaluation.questions import ask, rows_of
 from lrjax.evaluation.ruler_material import Material
-from lrjax.evaluation.samples import Prompter, Sample, read_samples, write_jsonl
+from lrjax.evaluation.samples import Prompter, Sample, read_samples
+from lrjax.jsonl import write_jsonl
 
 PUBLISHED = """
 TASKS = {

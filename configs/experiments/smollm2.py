@@ -6,7 +6,7 @@ The main rows of configs/smollm2_135m.py (`make showcase`) at thirteen times its
 published weights with the same raised RoPE base and sees as many tokens of the King James Bible (selections of its
 books, about twice over); needles are hidden in essays, 15 for each length. `longrecipe_spread` takes its anchor
 sentences from everywhere, because nearly every sentence of this text is one (docs/analysis.md); in `longrecipe_mixed`
-half of the examples are the start of a book at contiguous positions. A run is one method (by the
+half of the examples are the start of a sample at contiguous positions. A run is one method (by the
 showcase's speed an hour and more at 16k on two cores), so that the rows of a table can be left over night in pieces or
 made on several machines: `--arms=16k-pose,16k-longrecipe` makes two, `--keep` leaves those that are there.
 """
@@ -63,7 +63,7 @@ def get_config(variant: str = ""):
     config.target_length, config.train_length = target, round(0.3 * target)
     config.data.samples = {"16k": 48, "32k": 30}[window]  # all that the text makes
     config.extend.update(steps=round(TOKENS / config.train_length), warmup_steps=10, log_every=5)
-    config.methods = {name: METHODS[name]}
+    config.methods = {name: METHODS[name].copy_and_resolve_references()}
     config.method = name
     if METHODS[name].selection.startswith("anchor"):
         config.score.samples = 16
@@ -84,6 +84,7 @@ def get_config(variant: str = ""):
     config.evaluate.perplexity.update(length=target, documents=4, buckets=tuple(buckets))
     config.evaluate.short.documents = 16
     if smoke:
+        rows, steps = config.evaluate.checkpoints, min(config.replay.steps, 1)
         smollm2_135m.make_quick(config)
-        config.evaluate.checkpoints = ()  # all: they are the rows
+        config.evaluate.checkpoints, config.replay.steps = rows, steps
     return config.lock()

@@ -64,9 +64,7 @@ def decode(
     eos_ids[: len(ends)] = ends
     way = "greedy" if not temperature else "draw" if top_p == 1 else "nucleus"
     sampling = (jnp.float32(temperature or 1.0), jnp.float32(top_p), eos_ids)
-    key_B = jax.random.key(0) if rng is None else rng
-    if not key_B.ndim:
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key_B, jnp.arange(len(last_BD)))
+    key_B = row_keys(jax.random.key(0) if rng is None else rng, len(last_BD))
     positions_B = jnp.asarray(positions_B, jnp.int32)
     token_B, done_B = _first(way, params, last_BD, sampling, key_B)
     rows = [[token] for token in np.asarray(token_B).tolist()]
@@ -84,6 +82,17 @@ def decode(
         for row, new, kept in zip(rows, np.asarray(state.out_BT), kept_B, strict=True):
             row.extend(new[:kept].tolist())
     return [np.asarray(row, np.int32) for row in rows], cache
+
+
+def row_keys(rng: jax.Array, count: int) -> jax.Array:
+    """A key for each of `count` rows: those given, or made of one. Raises `UserError` for another number of them."""
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.shape not in ((), (count,)):
+        raise UserError(
+            f"rng: {rng.dtype} of shape {rng.shape}; allowed: one jax.random.key, or {count}"
+        )
+    if rng.ndim:
+        return rng
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
 
 class _State(NamedTuple):

@@ -10,7 +10,8 @@ import pathlib
 from lrjax.errors import UserError
 from lrjax.evaluation import sandbox
 from lrjax.evaluation.questions import Task
-from lrjax.evaluation.samples import Sample, read_jsonl
+from lrjax.evaluation.samples import Sample
+from lrjax.jsonl import read_jsonl
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MAX_NEW_TOKENS = 512

@@ -16,7 +16,8 @@ import numpy as np
 from lrjax.errors import UserError
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import Task
-from lrjax.evaluation.samples import Prompter, Sample, read_jsonl
+from lrjax.evaluation.samples import Prompter, Sample
+from lrjax.jsonl import read_jsonl
 
 # Subset -> (metric, category of the paper's tables)
 SUBSETS = {

@@ -24,8 +24,8 @@ import numpy as np
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import PREFILL_CHUNK, AnswerScore, check_tokens, prefill
 from lrjax.evaluation.haystack import Haystack
-from lrjax.evaluation.samples import appender, read_appended
 from lrjax.evaluation.statistics import wilson_interval
+from lrjax.jsonl import appender, read_appended
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 
@@ -120,7 +120,7 @@ def evaluate(
       batch_size: prompts of one length that are worked on together.
       prefill_chunk: tokens read at a time when `fast` is off.
       kept: jsonl of what the model said to every prompt, written as it goes; a prompt that is there is not asked
-        again. It is of one model: of that the caller keeps watch.
+        again. It is of one model: to ask another one, name another file or remove it.
       progress: called with (prompts done, prompts in all) after every batch.
 
     Returns:
@@ -146,12 +146,13 @@ def evaluate(
             prompts = make_prompts(task, tokenizer, tuple(texts), length, seed)
             check_tokens(config, [p.tokens for p in prompts], f"niah length {length}, prompt")
             width = max(prompt.answer_length for prompt in prompts)
-            if strange := [at for at in said if at[0] == length and at not in _places(prompts)]:
+            places = [_place(prompt) for prompt in prompts]
+            if strange := [at for at in said if at[0] == length and at not in {*places}]:
                 raise UserError(
                     f"{kept}: answers to other prompts of {length} tokens than are asked now ({len(strange)}); "
                     "remove the file"
                 )
-            missing = [prompt for prompt in prompts if _place(prompt) not in said]
+            missing = [p for p, at in zip(prompts, places, strict=True) if at not in said]
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 # The last batch is filled up: every batch has the shape that is compiled already.
@@ -162,17 +163,13 @@ def evaluate(
                     append(_kept_row(prompt, *answer))
                 if progress:
                     progress(len(asked) + len(prompts) - len(missing) + start + len(batch), total)
-            asked += [(prompt, *said[_place(prompt)]) for prompt in prompts]
+            asked += [(p, *said[at]) for p, at in zip(prompts, places, strict=True)]
     return _summary(task, asked, tokenizer, seed)
 
 
 def _place(prompt: Prompt) -> tuple[int, str]:
     """Length and a name that the prompt's tokens alone have."""
     return prompt.length, hashlib.blake2b(prompt.tokens.tobytes(), digest_size=8).hexdigest()
-
-
-def _places(prompts: Sequence[Prompt]) -> set[tuple[int, str]]:
-    return {_place(prompt) for prompt in prompts}
 
 
 def _kept_row(prompt: Prompt, score: AnswerScore, generated) -> dict:

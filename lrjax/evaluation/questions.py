@@ -18,8 +18,9 @@ from absl import logging
 from lrjax.data.loader import stable_hash
 from lrjax.errors import UserError
 from lrjax.evaluation.reader import answers
-from lrjax.evaluation.samples import Prompter, Sample, appender, read_appended
+from lrjax.evaluation.samples import Prompter, Sample
 from lrjax.evaluation.statistics import wilson_interval
+from lrjax.jsonl import appender, read_appended
 
 SHOWN = 3  # samples that a result holds in full
 
@@ -52,8 +53,8 @@ def lrjax_answerer(
 ) -> Answerer:  # fmt: skip
     """A model as `ask` takes it: answers end at one of the checkpoint's end tokens or a stop string.
 
-    Where they are drawn (`temperature` above 0), what is drawn hangs on the seed and the prompt alone, not on which
-    other prompts are asked.
+    Where they are drawn (`temperature` above 0), seed and prompt make the key: up to rounding it does not matter what
+    else is asked, and equal prompts draw alike.
     """
 
     def keys(prompts):

@@ -141,8 +141,7 @@ def answers(
     longest = max(map(len, prompts)) + max_new_tokens
     reader = None
 
-    if rng is not None and not rng.ndim:
-        rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.arange(len(prompts)))
+    rng = None if rng is None else decoding.row_keys(rng, len(prompts))
 
     def keys(indices):
         return None if rng is None else rng[np.asarray(indices)]

@@ -45,15 +45,29 @@ def lost_without(
 
     Returns:
         0 where part p does not end at least `window` tokens before token t.
+
+    Raises:
+        UserError: a text longer than the model's window, an attention that takes one document in a row only.
     """
     config, params = model
+    if len(tokens_L) > config.max_position_embeddings:
+        raise UserError(
+            f"ablation: a text of {len(tokens_L)} tokens, the window of the model is {config.max_position_embeddings}; "
+            "allowed: a model that reads so far (--model=probe)"
+        )
     logprobs = make_logprobs(config)
     positions = np.arange(len(tokens_L), dtype=np.int32)[None]
     tokens = np.asarray(tokens_L, np.int32)[None]
 
     def read(hidden_L):
         segment_ids = np.where(hidden_L, 2, 1).astype(np.int32)[None]
-        return np.asarray(logprobs(params, tokens, positions, segment_ids), np.float32)[0]
+        told = np.asarray(logprobs(params, tokens, positions, segment_ids), np.float32)[0]
+        if not np.isfinite(told).all():
+            raise UserError(
+                f"ablation: a reading with a hidden part has no log-probabilities with attention {config.attention!r}; "
+                "allowed: one that takes several documents in a row (blockwise, splash, triton)"
+            )
+        return told
 
     whole = read(np.zeros(len(tokens_L), bool))
     lost_PL = np.zeros((int(part_L[-1]) + 1, len(tokens_L)), np.float32)

@@ -118,7 +118,7 @@ def _heat_map(ax, values, text, low: float, high: float) -> None:
     ax.imshow(values, cmap=matplotlib.colormaps["cividis"], vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            dark = value < low + 0.55 * (high - low)
+            dark = value < high - 0.45 * (high - low)  # where all are alike, none is
             ax.text(
                 column, row, text(value), ha="center", va="center", fontsize=7.5,
                 color="#ffffff" if dark else "#101418",
@@ -396,7 +396,8 @@ def surfaces(panels: Mapping[str, Sequence[Sequence[float]]], rows, columns, lab
     figure, axes = _axes(1, len(panels), 0.85 + 0.32 * len(rows))
     for index, (ax, (title, values)) in enumerate(zip(axes, panels.items(), strict=True)):
         values = np.asarray(values, float)
-        _heat_map(ax, values, "{:.3g}".format, np.nanmin(values), np.nanmax(values))
+        low, high = np.nanmin(values), np.nanmax(values)
+        _heat_map(ax, values, "{:.3g}".format, low - (low == high), high)
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rows)), rows if index == 0 else [""] * len(rows))
         ax.set_xlabel(label)
