@@ -32,8 +32,8 @@ from absl import logging
 from lrjax import choosing, examples, sharding
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
+from lrjax.data.jsonl import appender, read_appended
 from lrjax.errors import UserError
-from lrjax.jsonl import appender, read_appended
 from lrjax.longrecipe import ablation, dependency, impact, references, selection
 from lrjax.run import load_checkpoint, open_mesh
 

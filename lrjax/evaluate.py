@@ -28,13 +28,13 @@ from lrjax import workdir as wd
 from lrjax.checkpoints import gguf, loading
 from lrjax.command import ProgramFlags, run_program
 from lrjax.data import pypi_texts
+from lrjax.data.jsonl import read_jsonl, write_jsonl
 from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, questions, readings, suite
 from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter, read_samples
-from lrjax.jsonl import read_jsonl, write_jsonl
 from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from lrjax.data.jsonl import write_jsonl
 from lrjax.data.tokenizers import byte_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import humaneval, longbench, loogle, sandbox, wording
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import ask
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.jsonl import write_jsonl
 
 ANSWERS = {
     "passage_count": "7",

@@ -7,13 +7,13 @@ import pytest
 
 from lrjax.checkpoints import gguf
 from lrjax.data import pypi_texts
+from lrjax.data.jsonl import write_jsonl
 from lrjax.data.tokenizers import byte_tokenizer, load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, qa_sample, ruler, wording
 from lrjax.evaluation.questions import ask, rows_of
 from lrjax.evaluation.ruler_material import Material
 from lrjax.evaluation.samples import Prompter, Sample, read_samples
-from lrjax.jsonl import write_jsonl
 
 PUBLISHED = """
 TASKS = {

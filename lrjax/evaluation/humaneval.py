@@ -7,11 +7,11 @@ Programs that a model wrote are run, in `lrjax.evaluation.sandbox`, only where `
 
 import pathlib
 
+from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
 from lrjax.evaluation import sandbox
 from lrjax.evaluation.questions import Task
 from lrjax.evaluation.samples import Sample
-from lrjax.jsonl import read_jsonl
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MAX_NEW_TOKENS = 512

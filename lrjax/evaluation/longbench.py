@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import Task
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.jsonl import read_jsonl
 
 # Subset -> (metric, category of the paper's tables)
 SUBSETS = {

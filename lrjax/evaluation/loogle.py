@@ -12,11 +12,11 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
+from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import Task
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.jsonl import read_jsonl
 
 SUBSETS = ("shortdep_qa", "longdep_qa", "longdep_summarization", "shortdep_cloze")
 _WHERE = (

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lrjax.data.jsonl import appender, read_appended
 from lrjax.errors import UserError
 from lrjax.evaluation.generate import PREFILL_CHUNK, AnswerScore, check_tokens, prefill
 from lrjax.evaluation.haystack import Haystack
 from lrjax.evaluation.statistics import wilson_interval
-from lrjax.jsonl import appender, read_appended
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from absl import logging
 
+from lrjax.data.jsonl import appender, read_appended
 from lrjax.data.loader import stable_hash
 from lrjax.errors import UserError
 from lrjax.evaluation.reader import answers
 from lrjax.evaluation.samples import Prompter, Sample
 from lrjax.evaluation.statistics import wilson_interval
-from lrjax.jsonl import appender, read_appended
 
 SHOWN = 3  # samples that a result holds in full
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
-from lrjax.jsonl import read_jsonl
 
 
 class Sample(NamedTuple):
