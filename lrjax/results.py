@@ -193,7 +193,7 @@ def _table(results) -> list[str]:
             "tokens",
             "TFLOP",
         ]
-        partly = len({len(found) for found in rows.values()}) > 1
+        partly = len({tuple(_row(results, arm, name)) for name in rows}) > 1
         head += ["seeds"] * partly
         scored = any("lds" in found[0] for found in rows.values())
         head += ["LDS"] * scored

@@ -127,19 +127,27 @@ def test_arms_of_one_table_become_one():
         }  # fmt: skip
 
     stored = {"name": "n", "arms": ["16k-a", "16k-b", "32k-a"], "runs": [
-        run("16k-a", 0, base=1, a=2), run("16k-b", 0, b=3), run("16k-a", 1, base=4, a=5), run("32k-a", 0, a=6),
+        run("16k-a", 0, base={}, a={"tokens": 2}), run("16k-b", 0, b={"tokens": 3}), run("16k-a", 1, base={}, a={}),
+        run("32k-a", 0, a={}),
     ]}  # fmt: skip
     joined = results.joined(stored)
     assert joined["arms"] == ["16k", "32k"]
     assert [(run["arm"], run["seed"], run["rows"]) for run in joined["runs"]] == [
-        ("16k", 0, {"base": 1, "a": 2, "b": 3}), ("16k", 1, {"base": 4, "a": 5}), ("32k", 0, {"a": 6}),
+        ("16k", 0, {"base": {}, "a": {"tokens": 2}, "b": {"tokens": 3}}), ("16k", 1, {"base": {}, "a": {}}),
+        ("32k", 0, {"a": {}}),
     ]  # fmt: skip
     first = joined["runs"][0]
     assert first["made_by"] == ["16k-a 0", "16k-b 0"] and first["seconds"] == 3
     assert first["digests"] == {"16k-a": "digest of 16k-a", "16k-b": "digest of 16k-b"}
     assert first["anchors"] == ["number"]
-    # A row is of the seeds that have it.
-    assert results.by_arm(joined)["16k"] == {"base": [1, 4], "a": [2, 5], "b": [3]}
+    # A row is of the seeds that have it, and a table that is made in part says which.
+    page = "\n".join(results._table({"window": 8, **joined}))
+    assert "| seeds |" in page.split("**32k**")[0] and "| seeds |" not in page.split("**32k**")[1]
+    assert results.by_arm(joined)["16k"] == {
+        "base": [{}, {}],
+        "a": [{"tokens": 2}, {}],
+        "b": [{"tokens": 3}],
+    }
     again = stored | {"runs": [run("16k-a", 0, base=1), run("16k-b", 0, base=3)]}
     with pytest.raises(UserError, match=r"n: two arms of table '16k' have the row 'base'"):
         results.joined(again)
