@@ -334,7 +334,8 @@ def test_paired_agrees_with_scipy(first, random):
         abs(np.mean([sign * (a - b) for sign, a, b in zip(signs, first, second, strict=True)]))
         for signs in itertools.product((1, -1), repeat=len(first))
     ]
-    assert found["p_sign"] == np.mean(np.asarray(exact) >= abs(found["mean"]) * (1 - 1e-9))
+    # Ties to the rounding, as there: means that differ by more are not alike.
+    assert found["p_sign"] == np.mean(np.asarray(exact) >= abs(found["mean"]) * (1 - 1e-12))
 
 
 def test_intervals_of_one_value_and_of_equal_ones():
