@@ -127,8 +127,7 @@ def evaluate(
       {"accuracy": {length: share}, "interval": {length: [low, high]} (95 %, Wilson), "overall",
       "overall_interval", "nll": {length: nats}, "cells": [{"length", "depth", "correct", "count", "nll"}],
       "samples": [{"length", "depth", "needle", "prompt", "expected", "generated", "nll"}] (three), "template",
-       "seed", "tokens", "bos" (`add_bos`)}: ready for JSON, lengths as text. nll is a mean over the
-      answers' tokens.
+      "seed", "tokens", "bos" (`add_bos`)}: ready for JSON, lengths as text. nll is a mean over the answers' tokens.
       A sample's "generated" goes as far as the answer; with `fast`, what follows a wrong token is conditioned
       on the right one.
 
