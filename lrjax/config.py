@@ -440,7 +440,8 @@ def check(config) -> None:
         raise UserError(
             f"config.evaluate.during.every {during.every}: allowed: 1 and more where tasks are named"
         )
-    evaluators = ["", "base", "probe", *config.methods, "replayed", "merged"]
+    evaluators = ["", "base", "probe", *config.methods]
+    evaluators += ["replayed", "merged"] if config.replay.steps else []
     if config.evaluate.perplexity.key_evaluator not in evaluators:
         raise UserError(
             f"config.evaluate.perplexity.key_evaluator {config.evaluate.perplexity.key_evaluator!r}: allowed: "

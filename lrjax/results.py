@@ -72,6 +72,8 @@ def main(argv) -> None:
     folder = pathlib.Path(_RESULTS.value)
     if _STORE.value:
         store(pathlib.Path(_STORE.value), folder / "evaluations")
+    if not folder.is_dir():
+        raise UserError(f"--results={folder}: there is no such directory")
     files = sorted(folder.glob("*.json"))
     stored = [joined(as_the_config_says(wd.read_json(file))) for file in files]
     parts = [INTRO, paper_claims(stored)]

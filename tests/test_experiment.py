@@ -509,3 +509,8 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     assert (tmp_path / "pictures" / "results_two-smoke.png").stat().st_size > 1000
     assert stored["runs"][0]["made_by"][0]["commit"] in text
     assert "lrjax.experiment --config=configs/experiments/skips.py" in text  # of those not run
+    # A page is not emptied by a directory that is not there.
+    wrong = [*page[:3], f"--results={tmp_path}/nowhere", page[4]]
+    refused = subprocess.run(wrong, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "nowhere: there is no such directory" in refused.stderr
+    assert (tmp_path / "page.md").read_text() == text
