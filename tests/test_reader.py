@@ -14,12 +14,13 @@ from lrjax.errors import UserError
 from lrjax.evaluation import decoding
 from lrjax.evaluation.generate import generate, prefill
 from lrjax.evaluation.questions import Task, ask, before_stop, cut_middle, lrjax_answerer
-from lrjax.evaluation.reader import SHARED, Reader, answers, shared_length
+from lrjax.evaluation.reader import Reader, answers, shared_length
 from lrjax.evaluation.samples import Prompter, Sample
 from lrjax.models.bits import from_bits
 from lrjax.models.llama import LlamaConfig, init_params
 from lrjax.training.state import shardings_of
 
+SHARED = 256
 CONFIG = LlamaConfig(
     vocab_size=257, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
     dtype="float32",
@@ -103,13 +104,41 @@ def test_a_shared_beginning_is_read_once(params, prompts, alone):
         reader.answer(prompts[1], 100)
 
 
-def test_questions_fork_from_one_document(params, prompts, alone):
-    document = prompts[1][: SHARED + 9]
-    filled = prefill(CONFIG, params, [document], room=300, chunk=128)
-    forked = filled.fork([p[len(document) :] for p in prompts[1:4]], room=7, chunk=128)
-    assert [row.tolist() for row in forked.generate(7)] == alone[1:4]
-    with pytest.raises(UserError, match="allowed: one"):
-        forked.fork([prompts[0]], room=1)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 20}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}}],
+    ids=["full", "window", "dynamic"],
+)  # fmt: skip
+def test_prompts_read_one_by_one_are_answered_together(params, prompts, changes):
+    """Rows of different lengths end at one index: what is copied there says the same as where it was read."""
+    config = dataclasses.replace(CONFIG, **changes)
+    order = [0, 4, 5, 1, 3, 2]
+    apart = Reader(config, params, max_length=SHARED + 40, chunk=128)
+    expected = [apart.answer(prompts[index], 7).tolist() for index in order]
+    reader = Reader(config, params, max_length=SHARED + 40, chunk=128)
+    filled = reader.side_by_side([prompts[index] for index in order])
+    assert reader.tokens_read == apart.tokens_read < sum(map(len, prompts))
+    assert [row.tolist() for row in filled.generate(7)] == expected
+    scores = filled.score([np.asarray(row, np.int32) for row in expected])
+    assert [score.argmax.tolist() for score in scores] == expected
+    with pytest.raises(UserError, match="prefill left room for"):
+        filled.generate(100)
+
+
+def test_a_batch_is_read_row_by_row_where_that_saves_enough(params, prompts, monkeypatch):
+    calls = []
+    side_by_side = Reader.side_by_side
+
+    def spy(self, rows):
+        calls.append(sorted(map(len, rows)))
+        return side_by_side(self, rows)
+
+    monkeypatch.setattr(Reader, "side_by_side", spy)
+    dict(answers(CONFIG, params, prompts, 2, batch_size=6, chunk=128))
+    assert calls == [[20, 90, 90, SHARED + 12, SHARED + 16, SHARED + 21]]
+    del calls[:]
+    dict(answers(CONFIG, params, [prompts[0], prompts[1]], 2, batch_size=6, chunk=128))
+    assert not calls  # nothing is shared
 
 
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
@@ -119,6 +148,9 @@ def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[3] == 1
     assert [row.tolist() for row in filled.generate(7)] == alone[:2]
+    filled = Reader(CONFIG, placed, SHARED + 40, 128).side_by_side(prompts[1:3])
+    assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
+    assert [row.tolist() for row in filled.generate(7)] == alone[1:3]
 
 
 def test_the_cache_has_the_compute_dtype(params, prompts):

@@ -5,7 +5,6 @@
     filled = prefill(config, params, prompts, room=32)        # the prompts are read once, then
     filled.generate(max_new_tokens=32)                         # the model's own answers and
     filled.score(answers)                                      # how likely it holds the right ones
-    filled.fork(questions, room=32).generate(32)               # questions on one document, which is not read again
 
 Prompts of different lengths are padded on the left with segment id 0 and carry their own positions, so a batch
 gives what its prompts give alone. A prompt is read in chunks: memory holds the cache and one chunk's activations.
@@ -90,7 +89,7 @@ class AnswerScore(NamedTuple):
 class Prefilled:
     """Prompts that have been read: the cache behind them and the hidden state that predicts what comes next.
 
-    Nothing here changes: `generate`, `score` and `fork` may be called in any order, any number of times (after
+    Nothing here changes: `generate` and `score` may be called in any order, any number of times (after
     `generate(keep=False)`, which gives the cache away, no more).
     """
 
@@ -155,26 +154,6 @@ class Prefilled:
             for logprob_A, argmax_A, count in zip(logprob_BA, argmax_BA, lengths_B, strict=True)
         ]
 
-    def fork(
-        self, suffixes: Sequence[np.ndarray], room: int, chunk: int = PREFILL_CHUNK
-    ) -> "Prefilled":
-        """One row for each suffix, read after the one prompt that is here, which is not read again.
-
-        Raises:
-          UserError: more than one prompt here, an empty suffix, suffix and `room` over the room that is left.
-        """
-        if len(self.next_positions_B) != 1:
-            raise UserError(f"fork: {len(self.next_positions_B)} prompts; allowed: one")
-        rows, width = _padded(self.config, suffixes, "suffix", chunk, None)
-        self._check_room(width + room)
-        cache = _repeat_rows(self.cache, len(suffixes))
-        positions_BL = np.where(rows[2], rows[1] + self.next_positions_B[0], 0).astype(np.int32)
-        rows = (rows[0], positions_BL, rows[2])
-        last_BD, cache = _read_all(self.config, self.params, cache, rows, chunk)
-        return Prefilled(
-            self.config, self.params, cache, last_BD, positions_BL[:, -1] + 1, self.room - width
-        )
-
     def _check_room(self, tokens: int) -> None:
         if tokens > self.room:
             raise UserError(
@@ -194,7 +173,7 @@ def prefill(
 
     Args:
       prompts: token ids, int32 [L_b] each; all form one batch.
-      room: tokens that `generate`, `score` or `fork` shall be able to add.
+      room: tokens that `generate` or `score` shall be able to add.
       chunk: tokens read at a time. Every chunk length compiles once per cache length.
       positions: rotary positions of each prompt, int [L_b]; default 0, 1, ...
 
@@ -298,21 +277,6 @@ def _score(config, params, cache, last_BD, targets_BA, positions_BA, segment_ids
         answer_BAD, _ = Llama(config).apply({"params": params}, *inputs, cache)
         x_BAD = jnp.concatenate([x_BAD, answer_BAD], axis=1)
     return token_stats(params, x_BAD, targets_BA)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _repeat_rows(cache, count):
-    """The cache of one row as that of `count` equal rows."""
-
-    def repeat(leaf, axis):
-        return jnp.repeat(leaf, count, axis=axis)
-
-    return {
-        "k": repeat(cache["k"], 1),
-        "v": repeat(cache["v"], 1),
-        "segment_ids": repeat(cache["segment_ids"], 0),
-        "length": cache["length"],
-    }
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,13 +1,15 @@
 """Many prompts one after the other through one cache: what a prompt shares with the one before is not read again.
 
-    for index, row in answers(config, params, prompts, max_new_tokens=128, eos_id=2): ...
+    for index, row in answers(config, params, prompts, max_new_tokens=128, batch_size=8, eos_id=2): ...
 
 Prompts are taken in the order of their tokens, so that every stretch of text that several of them begin with is
 read once: questions on one document, a needle at several depths of one haystack. Going back costs nothing: the
-cache is written by index, and what stands behind its length is never looked at.
+cache is written by index, and what stands behind its length is never looked at. Prompts that are read so are answered
+together all the same: what the cache holds of each is copied into one row of a wider cache.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +23,8 @@ from lrjax.evaluation.generate import PREFILL_CHUNK, Prefilled, check_tokens, ne
 from lrjax.models.llama import Llama, LlamaConfig
 
 SHORT_CHUNK = 64  # what is left over is read in chunks of it: two programs for all lengths
-SHARED = 256  # tokens that prompts of a batch have in common before it pays to read them apart
+# Of a batch, the share of tokens that need not be read again from which on its prompts are read one after the other.
+WORTH_SHARING = 0.1
 
 
 class Reader:
@@ -72,13 +75,26 @@ class Reader:
         return rows[0]
 
     def filled(self, tokens: np.ndarray) -> Prefilled:
-        """The prompt as `generate.prefill` gives it, to score or to fork; until the next call of the reader."""
+        """The prompt as `generate.prefill` gives it, to score or to continue; until the next call of the reader."""
         last_BD = self.read(tokens)
         cache = self._cache | {"length": jnp.int32(len(tokens))}
         room = self.max_length - len(tokens)
         return Prefilled(
             self.config, self.params, cache, last_BD, np.array([len(tokens)], np.int32), room
         )
+
+    def side_by_side(self, prompts: Sequence[np.ndarray]) -> Prefilled:
+        """Reads one prompt after the other and gives them as one batch, a row each, to generate from or to score."""
+        width = max(map(len, prompts))
+        rows = new_cache(self.config, self.params, len(prompts), self._cache["k"].shape[2])
+        last_BD = []
+        for row, tokens in enumerate(prompts):
+            last_BD.append(self.read(tokens))
+            rows = _place(rows, self._cache, np.int32(row), np.int32(len(tokens)), np.int32(width))
+        next_positions_B = np.array([len(tokens) for tokens in prompts], np.int32)
+        return Prefilled(
+            self.config, self.params, rows, jnp.concatenate(last_BD), next_positions_B, self.max_length - width
+        )  # fmt: skip
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
@@ -97,6 +113,20 @@ def _read(config, params, cache, tokens_1L, start, count):
     )
     last_1D = jax.lax.dynamic_index_in_dim(x_1LD, count - 1, axis=1, keepdims=False)
     return last_1D, cache | {"length": start + count}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(rows, cache, row, length, width):
+    """Row `row` of `rows` becomes the first `length` tokens of the one row of `cache`, so that they end at `width`."""
+    index_S = jnp.arange(rows["segment_ids"].shape[1])
+    inside_1S = ((index_S >= width - length) & (index_S < width))[None].astype(jnp.int32)
+
+    def placed(name):
+        moved = jnp.roll(cache[name], width - length, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(rows[name], moved, row, axis=1)
+
+    segment_ids = jax.lax.dynamic_update_slice_in_dim(rows["segment_ids"], inside_1S, row, axis=0)
+    return {"k": placed("k"), "v": placed("v"), "segment_ids": segment_ids, "length": width}
 
 
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -121,8 +151,8 @@ def answers(
 
     Args:
       prompts: token ids, int32 [L] each.
-      batch_size: prompts that are answered together. What prompts share at their beginning is read once when they
-        are alone or when they share at least `SHARED` tokens and most of their length.
+      batch_size: prompts that are answered together. What prompts share at their beginning is read once, unless it is
+        less than `WORTH_SHARING` of a batch: those are read together, too.
       rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
 
@@ -137,52 +167,28 @@ def answers(
         return
     check_tokens(config, prompts, "prompt")
     params = decoding.ready(config, params)
+    rng = None if rng is None else decoding.row_keys(rng, len(prompts))
     order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index]).tolist())
     longest = max(map(len, prompts)) + max_new_tokens
     reader = None
-
-    rng = None if rng is None else decoding.row_keys(rng, len(prompts))
-
-    def keys(indices):
-        return None if rng is None else rng[np.asarray(indices)]
-
-    for family in _families([prompts[index] for index in order], batch_size):
-        members = [order[at] for at in family]
-        if len(members) > 1:
-            rows = [np.asarray(prompts[index], np.int32) for index in members]
-            shared = shared_length(rows[0], rows[-1])  # the rows are in order
-            shared = min(shared, min(map(len, rows)) - 1)
-            if shared >= SHARED:
-                room = max(map(len, rows)) - shared + 2 * chunk + max_new_tokens
-                document = prefill(config, params, [rows[0][:shared]], room, chunk)
-                filled = document.fork([row[shared:] for row in rows], max_new_tokens, chunk)
-            else:
-                filled = prefill(config, params, rows, max_new_tokens, chunk)
-            found = filled.generate(max_new_tokens, rng=keys(members), keep=False, **options)
-            yield from zip(members, found, strict=True)
-            continue
-        if reader is None:
-            reader = Reader(config, params, longest, chunk)
-        yield (
-            members[0],
-            reader.answer(prompts[members[0]], max_new_tokens, rng=keys(members), **options),
-        )
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        rows = [np.asarray(prompts[index], np.int32) for index in members]
+        options["rng"] = None if rng is None else rng[np.asarray(members)]
+        if len(rows) > 1 and not _worth_sharing(rows):
+            filled = prefill(config, params, rows, max_new_tokens, chunk)
+            found = filled.generate(max_new_tokens, keep=False, **options)
+        else:
+            reader = reader or Reader(config, params, longest, chunk)
+            if len(rows) > 1:
+                filled = reader.side_by_side(rows)
+                found = filled.generate(max_new_tokens, keep=False, **options)
+            else:  # without a copy of the cache
+                found = [reader.answer(rows[0], max_new_tokens, **options)]
+        yield from zip(members, found, strict=True)
 
 
-def _families(ordered: list[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-    """Runs of prompts, at most `batch_size` long, that are alike: they share most of their tokens or nothing."""
-    family: list[int] = []
-    for index, prompt in enumerate(ordered):
-        if family:
-            first = ordered[family[0]]
-            shared = shared_length(first, prompt)
-            most = shared >= SHARED and 2 * shared > max(len(first), len(prompt))
-            before = shared_length(first, ordered[family[-1]])
-            # A batch reads the shared part once or everything by itself; the two do not mix.
-            kind_changes = len(family) > 1 and (before >= SHARED) != most
-            if len(family) == batch_size or (shared >= SHARED and not most) or kind_changes:
-                yield family
-                family = []
-        family.append(index)
-    if family:
-        yield family
+def _worth_sharing(ordered: Sequence[np.ndarray]) -> bool:
+    """Whether to read a batch row by row; a wide one keeps an accelerator busier, and on a mesh is split over it."""
+    again = sum(shared_length(a, b) for a, b in itertools.pairwise(ordered))
+    return again >= WORTH_SHARING * sum(map(len, ordered))
