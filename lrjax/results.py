@@ -14,18 +14,16 @@ the results without the samples.
 import ast
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from absl import logging
 
-from lrjax import experiment
+from lrjax import experiment, findings
 from lrjax import workdir as wd
 from lrjax.command import ProgramFlags, run_program
 from lrjax.errors import UserError
 from lrjax.evaluation import suite
-from lrjax.evaluation.statistics import paired, t_interval, wilson_interval
+from lrjax.evaluation.statistics import t_interval, wilson_interval
 from lrjax.reporting import evaluations, plots
 
 _FLAGS = ProgramFlags()
@@ -75,7 +73,7 @@ def main(argv) -> None:
     if not folder.is_dir():
         raise UserError(f"--results={folder}: there is no such directory")
     files = sorted(folder.glob("*.json"))
-    stored = [joined(as_the_config_says(wd.read_json(file))) for file in files]
+    stored = [findings.joined(as_the_config_says(wd.read_json(file))) for file in files]
     parts = [INTRO, paper_claims(stored)]
     for results in stored:
         (out.parent / "pictures").mkdir(exist_ok=True)
@@ -83,11 +81,11 @@ def main(argv) -> None:
         _write(
             picture,
             plots.seed_dots(
-                panels(results), "needles found at the target, %; a grey dot is a seed"
+                findings.panels(results), "needles found at the target, %; a grey dot is a seed"
             ),
         )
         pictures = [f"pictures/{picture.name}"]
-        if surface := merge_surface(results):
+        if surface := findings.merge_surface(results):
             picture = picture.with_name(f"results_{results['name']}_surface.png")
             _write(picture, plots.surfaces(*surface, "weight of the base in the merge, %"))
             pictures.append(f"pictures/{picture.name}")
@@ -113,32 +111,6 @@ def as_the_config_says(results: Mapping) -> Mapping:
     return {**results, **experiment.texts(config)}
 
 
-def joined(results: Mapping) -> Mapping:
-    """Stored runs with the arms of one table, `TABLE-ROW`, as one: a seed's runs become a run with the rows of all."""
-    if not any("-" in arm for arm in results["arms"]):
-        return results
-    runs: dict[tuple, dict] = {}
-    for run in results["runs"]:
-        table = run["arm"].partition("-")[0]
-        whole = runs.setdefault(
-            (run["seed"], table),
-            {"arm": table, "seed": run["seed"], "target": run["target"], "seconds": 0.0}
-            | {"rows": {}, "anchors": None, "made_by": [], "digests": {}},
-        )
-        if twice := whole["rows"].keys() & run["rows"].keys():
-            raise UserError(
-                f"{results['name']}: two arms of table {table!r} have the row {min(twice)!r}"
-            )
-        whole["rows"] |= run["rows"]
-        if run["anchors"] is not None:
-            whole["anchors"] = sorted({*(whole["anchors"] or ()), *run["anchors"]})
-        whole["made_by"] += run["made_by"]
-        whole["digests"][run["arm"]] = run["config_digest"]
-        whole["seconds"] += run["seconds"]
-    tables = list(dict.fromkeys(arm.partition("-")[0] for arm in results["arms"]))
-    return {**results, "arms": tables, "runs": list(runs.values())}
-
-
 def paper_claims(stored: Sequence[Mapping]) -> str:
     """The claims beside which the paper has figures, in Markdown."""
     lines = [
@@ -147,7 +119,7 @@ def paper_claims(stored: Sequence[Mapping]) -> str:
     ]
     for results in (each for each in stored if not each["smoke"]):
         for claim in results["claims"]:
-            found = compare(results, claim) if "paper" in claim else None
+            found = findings.compare(results, claim) if "paper" in claim else None
             if found:
                 cells = [
                     _where(claim) + claim["text"] + _margin(claim),
@@ -178,7 +150,7 @@ def section(results: Mapping, pictures: Sequence[str]) -> str:
 def _table(results) -> list[str]:
     many = len(results["arms"]) > 1
     lines = []
-    for arm, rows in by_arm(results).items():
+    for arm, rows in findings.by_arm(results).items():
         runs = [run for run in results["runs"] if run["arm"] == arm]
         target = runs[0]["target"]
         lengths = sorted(
@@ -195,7 +167,7 @@ def _table(results) -> list[str]:
             "tokens",
             "TFLOP",
         ]
-        partly = len({tuple(_row(results, arm, name)) for name in rows}) > 1
+        partly = len({tuple(findings.row_of(results, arm, name)) for name in rows}) > 1
         head += ["seeds"] * partly
         scored = any("lds" in found[0] for found in rows.values())
         head += ["LDS"] * scored
@@ -211,17 +183,17 @@ def _table(results) -> list[str]:
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for name, found in rows.items():
             cells = [name]
-            cells += [_percent([needles(row, n) for row in found]) for n in lengths]
+            cells += [_percent([findings.needles(row, n) for row in found]) for n in lengths]
             cells.append(_pooled(found, target))
             cells += [
-                _percent([distant(row, target, *ends) for row in found])
-                for ends in _ranges(results, target)
+                _percent([findings.distant(row, target, *ends) for row in found])
+                for ends in findings.near_and_far(results, target)
             ]
-            cells.append(_number([measure(row, "answer_nll", target) for row in found], 2))
-            cells.append(_number([measure(row, "short_loss", target) for row in found], 2))
+            cells.append(_number([findings.measure(row, "answer_nll", target) for row in found], 2))
+            cells.append(_number([findings.measure(row, "short_loss", target) for row in found], 2))
             cells.append(f"{found[0]['tokens']:,}" if "tokens" in found[0] else "")
             cells.append(f"{found[0]['flops'] / 1e12:.3g}" if "flops" in found[0] else "")
-            cells += [", ".join(map(str, _row(results, arm, name)))] * partly
+            cells += [", ".join(map(str, findings.row_of(results, arm, name)))] * partly
             cells += [_number([row.get("lds") for row in found], 2)] * scored
             cells += [
                 _number([row.get("perplexity", {}).get(bucket) for row in found], 1)
@@ -241,13 +213,13 @@ def _claims(results) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for claim in results["claims"]:
-        found = compare(results, claim)
+        found = findings.compare(results, claim)
         if found is None:
             continue
         p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
         second = ""
         if claim["measure"] == "needles" and "margin" not in claim:
-            nats = compare(results, claim | {"measure": "answer_nll"})
+            nats = findings.compare(results, claim | {"measure": "answer_nll"})
             second = f"{nats['mean']:+.3f}{_interval(nats['interval'], 1, 3)}: {nats['verdict']}"
         lines.append(
             f"| {_where(claim)}{claim['text']}{_margin(claim)} | {claim['better']}, {claim['worse']} "
@@ -284,7 +256,7 @@ def _origin(results) -> list[str]:
         of_arms = run["digests"] if "digests" in run else {run["arm"]: run["config_digest"]}
         for arm, digest in of_arms.items():
             digests.setdefault(digest, arm or "the config")
-    seeds = {arm: _seeds(results, arm) for arm in results["arms"]}
+    seeds = {arm: findings.seeds_of(results, arm) for arm in results["arms"]}
     texts = [
         f"{arm + ': ' if arm else ''}{', '.join(map(str, found)) or 'none'}"
         for arm, found in seeds.items()
@@ -364,149 +336,6 @@ def _not_run(configs: pathlib.Path, known: set[str]) -> str:
             title = docstring.partition("\n")[0]
             lines.append(f"- {title}\n  `{command}`")
     return "\n".join(["## Not run yet", "", *lines, ""]) if lines else ""
-
-
-# ------------------------------------------------------------------------------------------- figures of the rows
-
-
-def by_arm(results) -> dict[str, dict[str, list[dict]]]:
-    """arm -> row -> what each seed that has it found, seeds in order."""
-    found = {}
-    for arm in results["arms"]:
-        names = {name for run in results["runs"] if run["arm"] == arm for name in run["rows"]}
-        if names:
-            found[arm] = {
-                name: [*_row(results, arm, name).values()] for name in sorted(names, key=_order)
-            }
-    return found
-
-
-def _row(results, arm: str, name: str) -> dict[int, dict]:
-    """{seed: what it found in a row of an arm}, seeds in order."""
-    runs = sorted((run["seed"], run["rows"]) for run in results["runs"] if run["arm"] == arm)
-    return {seed: rows[name] for seed, rows in runs if name in rows}
-
-
-def _order(name: str) -> tuple:
-    """Controls first, what comes after extension last, the others by name and number."""
-    places = {"base": 0, "raised_theta": 1, "contiguous": 2, "replayed": 4, "merged": 5}
-    parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    return places.get(name, 3), parts
-
-
-def measure(row: Mapping, name: str, target: int) -> float | None:
-    """needles, answer_nll (both at the target length) or short_loss of a row of one seed; None: not measured."""
-    if name == "needles":
-        return needles(row, target)
-    if name == "answer_nll":
-        return row.get("answer_nll", {}).get(str(target))
-    if name == "short_loss":
-        losses = row.get("short_loss")
-        return sum(losses.values()) / len(losses) if losses else None
-    raise UserError(f"claim: measure {name!r}; allowed: needles, answer_nll, short_loss")
-
-
-def needles(row: Mapping, length: int) -> float | None:
-    cells = row.get("needles", {}).get(str(length))
-    return _share(cells.values()) if cells else None
-
-
-def distant(row: Mapping, target: int, near: float, far: float) -> float | None:
-    """Share of the needles of the target length that lie `near` to `far` tokens before the question."""
-    cells = row.get("needles", {}).get(str(target), {})
-    chosen = [cell for depth, cell in cells.items() if near <= (1 - float(depth)) * target <= far]
-    return _share(chosen) if chosen else None
-
-
-def compare(results: Mapping, claim: Mapping) -> dict | None:
-    """`statistics.paired` of the claim's rows over the seeds that have both, and its "verdict"; None without one."""
-    arm = claim.get("arm", results["arms"][0])
-    target = _target(results, arm)
-    better = _row(results, arm, claim["better"])
-    worse = _row(results, claim.get("worse_arm", arm), claim["worse"])
-    pairs = [
-        [measure(row[seed], claim["measure"], target) for seed in better if seed in worse]
-        for row in (better, worse)
-    ]
-    if not all(pairs) or None in pairs[0] + pairs[1]:
-        return None
-    found = paired(*pairs)
-    sign = 1 if claim["measure"] == "needles" else -1
-    return found | {"verdict": verdict(found["interval"], sign, claim.get("margin"))}
-
-
-def verdict(interval: Sequence[float] | None, sign: int = 1, margin: float | None = None) -> str:
-    """What an interval of a difference says of a claim: that it has this sign, or is within a margin of 0."""
-    if interval is None:
-        return "not separable here (one seed)"
-    low, high = interval
-    if margin is not None:
-        if -margin <= low and high <= margin:
-            return "confirmed"
-        return "refuted" if low > margin or high < -margin else "not separable here"
-    if sign < 0:
-        low, high = -high, -low
-    return "confirmed" if low > 0 else "refuted" if high < 0 else "not separable here"
-
-
-def panels(results) -> dict[str, dict[str, dict]]:
-    """What `plots.seed_dots` draws."""
-    drawn = {}
-    for arm, rows in by_arm(results).items():
-        drawn[arm] = {}
-        for name, found in rows.items():
-            shares = [needles(row, _target(results, arm)) for row in found]
-            if None not in shares:
-                mean, interval = t_interval(shares)
-                drawn[arm][name] = {"seeds": shares, "mean": mean, "interval": interval}
-    return drawn
-
-
-def merge_surface(results) -> tuple[dict[str, list[list[float]]], list[str], list[str]] | None:
-    """Needles at the target and loss of short text over arms and the base's weight (rows base_N, means over the
-    seeds), what `plots.surfaces` draws; None where there are no such rows or arms."""
-    arms = by_arm(results)
-    of_all = [name for name in next(iter(arms.values())) if re.fullmatch(r"base_\d+", name)]
-    if len(arms) < 2 or not of_all or not all(set(of_all) <= rows.keys() for rows in arms.values()):
-        return None
-
-    def means(name: str, scale: float):
-        found = [
-            [[measure(run, name, _target(results, arm)) for run in rows[row]] for row in of_all]
-            for arm, rows in arms.items()
-        ]
-        if any(value is None for rows in found for values in rows for value in values):
-            return None
-        return [[scale * float(np.mean(values)) for values in rows] for rows in found]
-
-    panels_ = {}
-    for title, name, scale in (
-        ("Needles found at the target, %", "needles", 100),
-        ("Loss of short text, nats", "short_loss", 1),
-    ):
-        values = means(name, scale)
-        if values is not None:
-            panels_[title] = values
-    if not panels_:
-        return None
-    return panels_, list(arms), [row.removeprefix("base_") for row in of_all]
-
-
-def _seeds(results, arm: str) -> list[int]:
-    return sorted(run["seed"] for run in results["runs"] if run["arm"] == arm)
-
-
-def _target(results, arm: str) -> int:
-    return next((run["target"] for run in results["runs"] if run["arm"] == arm), 0)
-
-
-def _ranges(results, target: int) -> tuple:
-    return (0, results["window"]), (4 * results["window"], target)
-
-
-def _share(cells) -> float:
-    cells = list(cells)
-    return sum(found for found, _ in cells) / sum(asked for _, asked in cells)
 
 
 # ------------------------------------------------------------------------------------------- as text

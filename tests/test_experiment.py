@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs.experiments import setting
-from lrjax import choosing, examples, experiment, recipe, results
+from lrjax import choosing, examples, experiment, findings, recipe, results
 from lrjax import config as config_lib
 from lrjax.checkpoints import families
 from lrjax.data.loader import make_loader
@@ -130,7 +130,7 @@ def test_arms_of_one_table_become_one():
         run("16k-a", 0, base={}, a={"tokens": 2}), run("16k-b", 0, b={"tokens": 3}), run("16k-a", 1, base={}, a={}),
         run("32k-a", 0, a={}),
     ]}  # fmt: skip
-    joined = results.joined(stored)
+    joined = findings.joined(stored)
     assert joined["arms"] == ["16k", "32k"]
     assert [(run["arm"], run["seed"], run["rows"]) for run in joined["runs"]] == [
         ("16k", 0, {"base": {}, "a": {"tokens": 2}, "b": {"tokens": 3}}), ("16k", 1, {"base": {}, "a": {}}),
@@ -143,16 +143,16 @@ def test_arms_of_one_table_become_one():
     # A row is of the seeds that have it, and a table that is made in part says which.
     page = "\n".join(results._table({"window": 8, **joined}))
     assert "| seeds |" in page.split("**32k**")[0] and "| seeds |" not in page.split("**32k**")[1]
-    assert results.by_arm(joined)["16k"] == {
+    assert findings.by_arm(joined)["16k"] == {
         "base": [{}, {}],
         "a": [{"tokens": 2}, {}],
         "b": [{"tokens": 3}],
     }
     again = stored | {"runs": [run("16k-a", 0, base=1), run("16k-b", 0, base=3)]}
     with pytest.raises(UserError, match=r"n: two arms of table '16k' have the row 'base'"):
-        results.joined(again)
+        findings.joined(again)
     alone = {"arms": ["", "8x"], "runs": []}
-    assert results.joined(alone) is alone
+    assert findings.joined(alone) is alone
 
 
 def test_the_surface_of_replay_and_merge():
@@ -168,15 +168,15 @@ def test_the_surface_of_replay_and_merge():
 
     runs = [run(arm, seed, 10 * seed) for arm in ("replay1", "replay2") for seed in (0, 2)]
     stored = {"arms": ["replay1", "replay2"], "runs": runs}
-    panels, arms, weights = results.merge_surface(stored)
+    panels, arms, weights = findings.merge_surface(stored)
     assert (arms, weights) == (["replay1", "replay2"], ["0", "50"])
     assert (
         panels["Needles found at the target, %"] == [[5, 30]] * 2
     )  # means of 0 and 10 %, of 25 and 35 %
     assert panels["Loss of short text, nats"] == [[0.5, 0.75]] * 2
-    assert results.merge_surface(stored | {"arms": ["replay1"]}) is None
+    assert findings.merge_surface(stored | {"arms": ["replay1"]}) is None
     del runs[0]["rows"]["base_0"]["short_loss"]
-    assert list(results.merge_surface(stored)[0]) == ["Needles found at the target, %"]
+    assert list(findings.merge_surface(stored)[0]) == ["Needles found at the target, %"]
     assert plots.surfaces(panels, arms, weights, "weight").startswith(b"\x89PNG")
 
 
@@ -358,7 +358,7 @@ def test_intervals_of_one_value_and_of_equal_ones():
     ],
 )
 def test_verdicts(interval, sign, margin, expected):
-    assert results.verdict(interval, sign, margin) == expected
+    assert findings.verdict(interval, sign, margin) == expected
 
 
 def test_a_claim_may_be_about_two_arms():
@@ -368,19 +368,19 @@ def test_a_claim_may_be_about_two_arms():
 
     runs = [run("a", 1, 40), run("a", 2, 60), run("b", 2, 56), run("b", 1, 32)]
     claim = setting.claim("alike", "a", "b", arm="a", worse_arm="b")
-    found = results.compare({"arms": ["a", "b"], "runs": runs}, claim)
+    found = findings.compare({"arms": ["a", "b"], "runs": runs}, claim)
     assert found["mean"] == pytest.approx((8 + 4) / 80 / 2)
     # Of the seeds that have both.
-    assert results.compare({"arms": ["a", "b"], "runs": runs[:3]}, claim)["count"] == 1
-    assert results.compare({"arms": ["a", "b"], "runs": runs[:2]}, claim) is None
+    assert findings.compare({"arms": ["a", "b"], "runs": runs[:3]}, claim)["count"] == 1
+    assert findings.compare({"arms": ["a", "b"], "runs": runs[:2]}, claim) is None
 
 
 def test_near_and_far_needles():
     cells = {"0.1": [1, 4], "0.5": [2, 4], "0.9": [4, 4]}
     row = {"needles": {"512": cells}}
-    assert results.needles(row, 512) == 7 / 12
-    assert results.distant(row, 512, 0, 64) == 1.0  # 51 tokens back
-    assert results.distant(row, 512, 256, 512) == 3 / 8
+    assert findings.needles(row, 512) == 7 / 12
+    assert findings.distant(row, 512, 0, 64) == 1.0  # 51 tokens back
+    assert findings.distant(row, 512, 256, 512) == 3 / 8
 
 
 @pytest.mark.parametrize("name", NAMES)
