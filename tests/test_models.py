@@ -12,10 +12,12 @@ from lrjax.errors import UserError
 from lrjax.models import head
 from lrjax.models.linear import linear
 from lrjax.models.llama import (
+    ACTIVATIONS,
     REMAT_POLICIES,
     Llama,
     LlamaConfig,
     abstract_params,
+    gated,
     init_params,
     logical_axes,
 )
@@ -179,6 +181,18 @@ def test_linear_weight_gradient_may_be_transposed():
     x_BI, w_IO = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((32, 48))
     grad = jax.jit(lambda x, w: jax.grad(lambda w: linear(x, w).astype(jnp.float32).sum())(w).T)
     np.testing.assert_allclose(grad(x_BI, w_IO), np.full((48, 32), 64.0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gated_activation_is_rounded_once_on_a_cpu(activation):
+    gate, up = (
+        3 * jax.random.normal(jax.random.key(i), (64, 32)).astype(jnp.bfloat16) for i in (0, 1)
+    )
+    exact = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    found = jax.jit(gated, static_argnums=0)(activation, gate, up)
+    assert found.dtype == jnp.bfloat16
+    # Half a unit of the last of 8 bits, and float32's own rounding.
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8 + 1e-5, atol=1e-6)
 
 
 def test_linear_contracts_several_axes_and_maps():

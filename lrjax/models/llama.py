@@ -344,7 +344,7 @@ class Layer(nn.Module):
         y_BLD = norm("mlp_norm", x_BLD)
         gate_BLF = linear(y_BLD, weight("gate", (D, F), D), axes=axes("gate"))
         up_BLF = linear(y_BLD, weight("up", (D, F), D), axes=axes("up"))
-        y_BLF = constrain(_gated(c.activation, gate_BLF, up_BLF), ("batch", length, "mlp"))
+        y_BLF = constrain(gated(c.activation, gate_BLF, up_BLF), ("batch", length, "mlp"))
         y_BLD = linear(y_BLF, weight("down", (F, D), F, residual), axes=axes("down"))
         x_BLD += norm("post_mlp_norm", y_BLD) if c.post_norms else y_BLD
         return (x_BLD, k_cache, v_cache), None
@@ -386,7 +386,7 @@ def rms_norm(x_BLD, scale_D, eps: float, unit_offset: bool = False):
     return (x32_BLD * inverse_BL1 * scale_D).astype(x_BLD.dtype)
 
 
-def _gated(activation: str, gate_BLF, up_BLF):
+def gated(activation: str, gate_BLF, up_BLF):
     """activation(gate) * up. On a CPU computed in float32 and rounded once: XLA rounds bfloat16 there after every step
     of the activation, which takes more than twice as long."""
     dtype = gate_BLF.dtype
