@@ -312,24 +312,27 @@ def _write(experiment, runs_, out, others) -> None:
     others = [run for run in others if (run["arm"], run["seed"]) not in known]
     file = _json(experiment, out)
     seeds = sorted({run.seed for run in runs_} | {run["seed"] for run in others})
-    results = {
-        "name": file.stem,
-        "smoke": experiment.smoke,
-        **texts(experiment),
-        "config": str(experiment.file),
-        "command": f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke} "
-        f"--seeds={','.join(map(str, seeds))} --workdir=DIR",
-        "window": complete[0].config.window,
-        "arms": list(experiment.module.ARMS),
-        "runs": [],
-    }
+    arms = list(experiment.module.ARMS)
     found = [
         {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
         | collect(run.config, run.workdir)
         for run in complete
     ]
-    arms = list(experiment.module.ARMS)
     found = sorted([*others, *found], key=lambda run: (run["seed"], arms.index(run["arm"])))
+    there = [arm for arm in arms if any(run["arm"] == arm for run in found)]
+    command = f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke}"
+    if there != arms:
+        command += f" --arms={','.join(there)}"
+    results = {
+        "name": file.stem,
+        "smoke": experiment.smoke,
+        **texts(experiment),
+        "config": str(experiment.file),
+        "command": f"{command} --seeds={','.join(map(str, seeds))} --workdir=DIR",
+        "window": complete[0].config.window,
+        "arms": arms,
+        "runs": [],
+    }
     # A run is a line: its hundreds of numbers are not for reading.
     lines = ",\n".join(f"    {json.dumps(run)}" for run in found)
     text = json.dumps(results, indent=2).replace('"runs": []', f'"runs": [\n{lines}\n  ]')

@@ -494,7 +494,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     assert "starting" not in call("--keep").stderr
     again = json.loads(file.read_text())
     assert again["runs"] == [*stored["runs"], elsewhere]
-    assert "--seeds=0,9 " in again["command"]
+    assert ":smoke --seeds=0,9 " in again["command"]
 
     page = [
         sys.executable, "-m", "lrjax.results", f"--results={tmp_path}/results", f"--out={tmp_path}/page.md",
@@ -513,4 +513,7 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     wrong = [*page[:3], f"--results={tmp_path}/nowhere", page[4]]
     refused = subprocess.run(wrong, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "nowhere: there is no such directory" in refused.stderr
+    call("--arms=shuffled")
+    alone = json.loads(file.read_text())
+    assert alone["runs"] == stored["runs"][1:] and ":smoke --arms=shuffled --seeds=0 " in alone["command"]
     assert (tmp_path / "page.md").read_text() == text
