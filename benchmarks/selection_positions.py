@@ -31,7 +31,6 @@ from benchmarks import contenders
 NAMES = ["lrjax", "released"]
 BUDGET, TARGET, SOURCE = 24_000, 80_000, 80_000
 ENDS = (13, 198, 30, 0, 627)  # the released code's tokens_to_split
-DIGIT, END = 1, 2  # bits of a token's kind: one look into the table says both
 PASSES = 5
 AIM = 50
 
@@ -96,18 +95,16 @@ def run_lrjax(folder: pathlib.Path) -> None:
     texts = tokenizer.token_texts()
     digits_V = np.array([any(c.isdigit() for c in text) for text in texts])
     ends_V = np.isin(np.arange(len(texts)), ENDS)
-    kinds_V = (DIGIT * digits_V + END * ends_V).astype(np.uint8)
     once = time.process_time() - cpu
 
     def work():
         drawn = []
         for tokens_L in documents:
-            kinds_L = kinds_V.take(tokens_L)
-            ends = np.flatnonzero((kinds_L & END) != 0) + 1
+            ends = np.flatnonzero(ends_V.take(tokens_L)) + 1
             ends = ends[ends < SOURCE]
             lengths_S = np.diff(np.concatenate([[0], ends, [SOURCE]]))
             kept = selection.select(
-                "digits", lengths_S, BUDGET, rng=rng, digit_mask_L=(kinds_L & DIGIT).view(bool)
+                "digits", lengths_S, BUDGET, rng=rng, digit_mask_L=digits_V.take(tokens_L)
             )
             drawn.append(positions.longrecipe_code(kept.segment_lengths, TARGET, rng))
         return drawn

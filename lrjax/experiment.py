@@ -311,7 +311,6 @@ def _write(experiment, runs_, out, others) -> None:
     known = {(run.arm, run.seed) for run in complete}
     others = [run for run in others if (run["arm"], run["seed"]) not in known]
     file = _json(experiment, out)
-    seeds = sorted({run.seed for run in runs_} | {run["seed"] for run in others})
     arms = list(experiment.module.ARMS)
     found = [
         {"arm": run.arm, "seed": run.seed, "config_digest": config_digest(run.config)}
@@ -319,9 +318,11 @@ def _write(experiment, runs_, out, others) -> None:
         for run in complete
     ]
     found = sorted([*others, *found], key=lambda run: (run["seed"], arms.index(run["arm"])))
+    # Of what is stored. An arm without a name cannot be asked for.
+    seeds = sorted({run["seed"] for run in found})
     there = [arm for arm in arms if any(run["arm"] == arm for run in found)]
     command = f"python -m lrjax.experiment --config={experiment.file}{':smoke' * experiment.smoke}"
-    if there != arms:
+    if there != arms and all(there):
         command += f" --arms={','.join(there)}"
     results = {
         "name": file.stem,

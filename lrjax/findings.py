@@ -80,6 +80,7 @@ def measure(row: Mapping, name: str, target: int) -> float | None:
 
 
 def needles(row: Mapping, length: int) -> float | None:
+    """Share of the needles of a length that a row of one seed found; None: not asked."""
     cells = row.get("needles", {}).get(str(length))
     return _share(cells.values()) if cells else None
 
@@ -166,15 +167,21 @@ def merge_surface(results) -> tuple[dict[str, list[list[float]]], list[str], lis
 
 
 def seeds_of(results, arm: str) -> list[int]:
+    """The seeds of an arm's runs, in order."""
     return sorted(run["seed"] for run in results["runs"] if run["arm"] == arm)
 
 
 def target_of(results, arm: str) -> int:
+    """The length that an arm's runs extend to, in tokens; 0 without a run."""
     return next((run["target"] for run in results["runs"] if run["arm"] == arm), 0)
 
 
-def near_and_far(results, target: int) -> tuple:
-    return (0, results["window"]), (4 * results["window"], target)
+FAR = 4  # windows between a fact and its question
+
+
+def near_and_far(results, target: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Distances of fact and question, in tokens: within the base's window, and `FAR` windows or more."""
+    return (0, results["window"]), (FAR * results["window"], target)
 
 
 def _share(cells) -> float:

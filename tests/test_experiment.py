@@ -513,7 +513,8 @@ def test_an_experiment_from_its_config_to_the_page(tmp_path):
     wrong = [*page[:3], f"--results={tmp_path}/nowhere", page[4]]
     refused = subprocess.run(wrong, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "nowhere: there is no such directory" in refused.stderr
+    assert (tmp_path / "page.md").read_text() == text
     call("--arms=shuffled")
     alone = json.loads(file.read_text())
-    assert alone["runs"] == stored["runs"][1:] and ":smoke --arms=shuffled --seeds=0 " in alone["command"]
-    assert (tmp_path / "page.md").read_text() == text
+    assert alone["runs"] == stored["runs"][1:]
+    assert ":smoke --arms=shuffled --seeds=0 " in alone["command"]

@@ -11,7 +11,7 @@ import pytest
 from lrjax import sharding
 from lrjax.data.tokenizers import byte_tokenizer
 from lrjax.errors import UserError
-from lrjax.evaluation import decoding
+from lrjax.evaluation import decoding, reader
 from lrjax.evaluation.generate import generate, prefill
 from lrjax.evaluation.questions import Task, ask, before_stop, cut_middle, lrjax_answerer
 from lrjax.evaluation.reader import Reader, answers, shared_length
@@ -20,7 +20,7 @@ from lrjax.models.bits import from_bits
 from lrjax.models.llama import LlamaConfig, init_params
 from lrjax.training.state import shardings_of
 
-SHARED = 256
+DOCUMENT = 265  # tokens
 CONFIG = LlamaConfig(
     vocab_size=257, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
     dtype="float32",
@@ -39,7 +39,7 @@ def prompts():
     """Six prompts: three questions on one document, two that share half, one that shares nothing."""
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, 257, n).astype(np.int32)  # noqa: E731
-    document = draw(SHARED + 9)
+    document = draw(DOCUMENT)
     questions = [np.concatenate([document, draw(n)]) for n in (3, 12, 7)]
     halves = [np.concatenate([document[:40], draw(50)]) for _ in range(2)]
     return [draw(20), *questions, *halves]
@@ -91,54 +91,86 @@ def test_what_is_drawn_does_not_hang_on_what_else_is_asked(params, prompts):
 
 
 def test_a_shared_beginning_is_read_once(params, prompts, alone):
-    reader = Reader(CONFIG, params, max_length=SHARED + 40, chunk=128)
+    one = Reader(CONFIG, params, max_length=DOCUMENT + 31, chunk=128)
     for prompt, answer in zip(prompts[1:4], alone[1:4], strict=True):
-        assert reader.answer(prompt, 7).tolist() == answer
+        assert one.answer(prompt, 7).tolist() == answer
     document = shared_length(prompts[1], prompts[2])
-    assert reader.tokens_read == document + 3 + 12 + 7
-    reader.read(prompts[1])  # again, and back: only its own end
-    assert reader.tokens_read == document + 3 + 12 + 7 + 3
-    scored = reader.filled(prompts[2]).score([np.asarray(alone[2], np.int32)])
+    assert one.tokens_read == document + 3 + 12 + 7
+    one.read(prompts[1])  # again, and back: only its own end
+    assert one.tokens_read == document + 3 + 12 + 7 + 3
+    scored = one.filled(prompts[2]).score([np.asarray(alone[2], np.int32)])
     assert scored[0].argmax.tolist() == alone[2]
     with pytest.raises(UserError, match="the reader was made for"):
-        reader.answer(prompts[1], 100)
+        one.answer(prompts[1], 100)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"sliding_window": 20}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}}],
-    ids=["full", "window", "dynamic"],
-)  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 20}, {"rope_scaling": DYNAMIC}])
 def test_prompts_read_one_by_one_are_answered_together(params, prompts, changes):
     """Rows of different lengths end at one index: what is copied there says the same as where it was read."""
     config = dataclasses.replace(CONFIG, **changes)
     order = [0, 4, 5, 1, 3, 2]
-    apart = Reader(config, params, max_length=SHARED + 40, chunk=128)
+    answer = np.arange(5, dtype=np.int32)
+    apart = Reader(config, params, max_length=DOCUMENT + 31, chunk=128)
     expected = [apart.answer(prompts[index], 7).tolist() for index in order]
-    reader = Reader(config, params, max_length=SHARED + 40, chunk=128)
-    filled = reader.side_by_side([prompts[index] for index in order])
-    assert reader.tokens_read == apart.tokens_read < sum(map(len, prompts))
+    scores = [apart.filled(prompts[index]).score([answer])[0] for index in order]
+    one = Reader(config, params, max_length=DOCUMENT + 31, chunk=128)
+    filled = one.side_by_side([prompts[index] for index in order], room=7)
+    assert one.tokens_read < sum(map(len, prompts))
     assert [row.tolist() for row in filled.generate(7)] == expected
-    scores = filled.score([np.asarray(row, np.int32) for row in expected])
-    assert [score.argmax.tolist() for score in scores] == expected
+    for score, alone in zip(filled.score([answer] * 6), scores, strict=True):
+        np.testing.assert_allclose(score.nll, alone.nll, rtol=1e-5)
+
+
+def test_prompts_side_by_side_are_checked(params, prompts):
+    one = Reader(CONFIG, params, max_length=DOCUMENT + 31, chunk=128)
+    for wrong, room, message in (
+        ([], 7, "no prompt is given"),
+        ([prompts[0], prompts[0][:0]], 7, r"prompt 1 has shape \(0,\)"),
+        (prompts, 20, "the reader was made for 296"),
+    ):
+        with pytest.raises(UserError, match=message):
+            one.side_by_side(wrong, room)
     with pytest.raises(UserError, match="prefill left room for"):
-        filled.generate(100)
+        one.side_by_side(prompts[:2], 7).generate(500)
 
 
-def test_a_batch_is_read_row_by_row_where_that_saves_enough(params, prompts, monkeypatch):
+def test_a_batch_is_read_row_by_row_where_that_spares_enough(params, prompts, monkeypatch):
+    rng = np.random.default_rng(1)
     calls = []
     side_by_side = Reader.side_by_side
 
-    def spy(self, rows):
+    def spy(self, rows, room):
         calls.append(sorted(map(len, rows)))
-        return side_by_side(self, rows)
+        return side_by_side(self, rows, room)
+
+    def asked(shared, own, count=3):
+        """Whether prompts that share their first tokens were read row by row."""
+        text = rng.integers(0, 257, shared)
+        rows = [np.concatenate([text, rng.integers(0, 257, own)]) for _ in range(count)]
+        del calls[:]
+        dict(
+            answers(
+                CONFIG,
+                params,
+                [row.astype(np.int32) for row in rows],
+                2,
+                batch_size=count,
+                chunk=128,
+            )
+        )
+        return bool(calls)
 
     monkeypatch.setattr(Reader, "side_by_side", spy)
-    dict(answers(CONFIG, params, prompts, 2, batch_size=6, chunk=128))
-    assert calls == [[20, 90, 90, SHARED + 12, SHARED + 16, SHARED + 21]]
-    del calls[:]
-    dict(answers(CONFIG, params, [prompts[0], prompts[1]], 2, batch_size=6, chunk=128))
-    assert not calls  # nothing is shared
+    assert asked(shared=280, own=20)
+    assert not asked(shared=100, own=10)  # few tokens
+    assert not asked(shared=280, own=600)  # a fifth
+    # Of a mesh whose 4 parts would have a row each, all read all rows.
+    ordered = [np.r_[np.arange(300), own] for own in (7, 8, 9, 10)]
+    assert reader._worth_sharing(ordered, shards=1)
+    assert not reader._worth_sharing(ordered, shards=4)
 
 
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
@@ -148,8 +180,9 @@ def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
     assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[3] == 1
     assert [row.tolist() for row in filled.generate(7)] == alone[:2]
-    filled = Reader(CONFIG, placed, SHARED + 40, 128).side_by_side(prompts[1:3])
-    assert filled.cache["k"].sharding.shard_shape(filled.cache["k"].shape)[1] == 1
+    filled = Reader(CONFIG, placed, DOCUMENT + 31, 128).side_by_side(prompts[1:3], room=7)
+    _, _, size, _, _ = whole = filled.cache["k"].shape
+    assert filled.cache["k"].sharding.shard_shape(whole) == (2, 1, size // 2, 1, 8)
     assert [row.tolist() for row in filled.generate(7)] == alone[1:3]
 
 

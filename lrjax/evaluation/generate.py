@@ -29,7 +29,7 @@ from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
 
 PREFILL_CHUNK = 512
-_GRANULE = 128  # lengths are rounded up to multiples of it, so that few shapes are compiled
+GRANULE = 128  # lengths are rounded up to multiples of it, so that few shapes are compiled
 
 
 def generate(
@@ -184,7 +184,7 @@ def prefill(
         raise UserError(f"prefill: chunk is {chunk}, room is {room}; allowed: 1 and more")
     rows, width = _padded(config, prompts, "prompt", chunk, positions)
     params = decoding.ready(config, params)
-    cache_length = _round_up(width + room, min(chunk, _GRANULE))
+    cache_length = _round_up(width + room, min(chunk, GRANULE))
     cache = new_cache(config, params, len(prompts), cache_length)
     last_BD, cache = _read_all(config, params, cache, rows, chunk)
     return Prefilled(config, params, cache, last_BD, rows[1][:, -1] + 1, cache_length - width)
@@ -240,7 +240,7 @@ def _padded(config, sequences, what, chunk, positions):
         positions = [np.arange(length) for length in lengths]
     elif [len(each) for each in positions] != lengths:
         raise UserError(f"positions: lengths {[len(p) for p in positions]}, {what}s {lengths}")
-    width = _round_up(max(lengths), min(chunk, _GRANULE))
+    width = _round_up(max(lengths), min(chunk, GRANULE))
     rows = np.zeros((3, len(sequences), width), np.int32)
     for row, (tokens, places) in enumerate(zip(sequences, positions, strict=True)):
         rows[0, row, width - len(tokens) :] = tokens

@@ -19,12 +19,20 @@ import numpy as np
 
 from lrjax.errors import UserError
 from lrjax.evaluation import decoding
-from lrjax.evaluation.generate import PREFILL_CHUNK, Prefilled, check_tokens, new_cache, prefill
+from lrjax.evaluation.generate import (
+    GRANULE,
+    PREFILL_CHUNK,
+    Prefilled,
+    check_tokens,
+    new_cache,
+    prefill,
+)
 from lrjax.models.llama import Llama, LlamaConfig
 
 SHORT_CHUNK = 64  # what is left over is read in chunks of it: two programs for all lengths
-# Of a batch, the share of tokens that need not be read again from which on its prompts are read one after the other.
-WORTH_SHARING = 0.1
+# A batch is read row by row where its prompts share so many tokens with the one before, on average, and that spares
+# such a part of the reading.
+FEWEST_SHARED, WORTH_SHARING = 256, 1 / 3
 
 
 class Reader:
@@ -83,18 +91,27 @@ class Reader:
             self.config, self.params, cache, last_BD, np.array([len(tokens)], np.int32), room
         )
 
-    def side_by_side(self, prompts: Sequence[np.ndarray]) -> Prefilled:
-        """Reads one prompt after the other and gives them as one batch, a row each, to generate from or to score."""
+    def side_by_side(self, prompts: Sequence[np.ndarray], room: int) -> Prefilled:
+        """Reads one prompt after the other: a batch of all, a row each, with space for `room` more tokens."""
+        check_tokens(self.config, prompts, "prompt")
         width = max(map(len, prompts))
-        rows = new_cache(self.config, self.params, len(prompts), self._cache["k"].shape[2])
+        self._check_length(width + room)
+        size = self._cache["k"].shape[2]
+        # Encodings that go by the length of the cache have to find the one that the prompts were read into; and of
+        # one that is split over a mesh no part is cut off.
+        if not self.config.rope_scaling.by_length and decoding.mesh_of(self.params) is None:
+            size = min(size, math.ceil((width + room) / GRANULE) * GRANULE)
+        rows = new_cache(self.config, self.params, len(prompts), size)
+        windowed = self.config.sliding_window is not None
         last_BD = []
         for row, tokens in enumerate(prompts):
             last_BD.append(self.read(tokens))
-            rows = _place(rows, self._cache, np.int32(row), np.int32(len(tokens)), np.int32(width))
+            rows = _place(
+                windowed, rows, self._cache, np.int32(row), np.int32(len(tokens)), np.int32(width)
+            )
         next_positions_B = np.array([len(tokens) for tokens in prompts], np.int32)
-        return Prefilled(
-            self.config, self.params, rows, jnp.concatenate(last_BD), next_positions_B, self.max_length - width
-        )  # fmt: skip
+        last_BD = jnp.concatenate(last_BD)
+        return Prefilled(self.config, self.params, rows, last_BD, next_positions_B, size - width)
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
@@ -115,15 +132,23 @@ def _read(config, params, cache, tokens_1L, start, count):
     return last_1D, cache | {"length": start + count}
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(rows, cache, row, length, width):
-    """Row `row` of `rows` becomes the first `length` tokens of the one row of `cache`, so that they end at `width`."""
-    index_S = jnp.arange(rows["segment_ids"].shape[1])
-    inside_1S = ((index_S >= width - length) & (index_S < width))[None].astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _place(at_the_end, rows, cache, row, length, width):
+    """Row `row` of `rows` becomes the first `length` tokens of the one row of `cache`; its next one is at `width`.
+
+    They stand where they stood, and the gap behind them is in no segment; or (windows go by index, so there must be no
+    gap) `at_the_end`. On a mesh that splits the length, moving them has every device gather the row.
+    """
+    size = rows["segment_ids"].shape[1]
+    start = width - length if at_the_end else 0
+    from_S = jnp.arange(size) - start
+    inside_1S = ((from_S >= 0) & (from_S < length))[None].astype(jnp.int32)
 
     def placed(name):
-        moved = jnp.roll(cache[name], width - length, axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(rows[name], moved, row, axis=1)
+        kept = cache[name][:, :, :size]
+        if at_the_end:
+            kept = jnp.roll(kept, start, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(rows[name], kept, row, axis=1)
 
     segment_ids = jax.lax.dynamic_update_slice_in_dim(rows["segment_ids"], inside_1S, row, axis=0)
     return {"k": placed("k"), "v": placed("v"), "segment_ids": segment_ids, "length": width}
@@ -151,8 +176,8 @@ def answers(
 
     Args:
       prompts: token ids, int32 [L] each.
-      batch_size: prompts that are answered together. What prompts share at their beginning is read once, unless it is
-        less than `WORTH_SHARING` of a batch: those are read together, too.
+      batch_size: prompts that are answered together: as many rows of cache, and one more where they are read row by
+        row, which is where that spares a third of the reading (`_worth_sharing`).
       rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
 
@@ -171,24 +196,38 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index]).tolist())
     longest = max(map(len, prompts)) + max_new_tokens
     reader = None
+
+    def continued(rows, rng):
+        nonlocal reader
+        if len(rows) > 1 and not _worth_sharing(rows, _row_shards(params, len(rows))):
+            filled = prefill(config, params, rows, max_new_tokens, chunk)
+        else:
+            reader = reader or Reader(config, params, longest, chunk)
+            if len(rows) == 1:  # without a copy of the cache
+                return [reader.answer(rows[0], max_new_tokens, rng=rng, **options)]
+            filled = reader.side_by_side(rows, max_new_tokens)
+        return filled.generate(max_new_tokens, rng=rng, keep=False, **options)
+
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         rows = [np.asarray(prompts[index], np.int32) for index in members]
-        options["rng"] = None if rng is None else rng[np.asarray(members)]
-        if len(rows) > 1 and not _worth_sharing(rows):
-            filled = prefill(config, params, rows, max_new_tokens, chunk)
-            found = filled.generate(max_new_tokens, keep=False, **options)
-        else:
-            reader = reader or Reader(config, params, longest, chunk)
-            if len(rows) > 1:
-                filled = reader.side_by_side(rows)
-                found = filled.generate(max_new_tokens, keep=False, **options)
-            else:  # without a copy of the cache
-                found = [reader.answer(rows[0], max_new_tokens, **options)]
+        found = continued(rows, None if rng is None else rng[np.asarray(members)])
         yield from zip(members, found, strict=True)
 
 
-def _worth_sharing(ordered: Sequence[np.ndarray]) -> bool:
-    """Whether to read a batch row by row; a wide one keeps an accelerator busier, and on a mesh is split over it."""
+def _row_shards(params, rows: int) -> int:
+    """Over how many parts of the parameters' mesh the rows of a batch are split."""
+    mesh = decoding.mesh_of(params)
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if rows % shards else shards
+
+
+def _worth_sharing(ordered: Sequence[np.ndarray], shards: int) -> bool:
+    """Whether to read a batch row by row, each of `shards` parts of a mesh every row, where it could share them.
+
+    Not for a few tokens: a batch that is read at once keeps an accelerator busier.
+    """
+    total = sum(map(len, ordered))
     again = sum(shared_length(a, b) for a, b in itertools.pairwise(ordered))
-    return again >= WORTH_SHARING * sum(map(len, ordered))
+    enough = again >= FEWEST_SHARED * (len(ordered) - 1)
+    return enough and (total - again) * shards <= (1 - WORTH_SHARING) * total

@@ -81,13 +81,15 @@ def select(
     starts_S = np.cumsum(lengths_S) - lengths_S
     count = len(lengths_S)
 
+    total = lengths_S.sum()
+
     def checked(values_L, name):
         if values_L is None:
             raise UserError(f"{document_id}: selection '{method}' needs {name}")
         values_L = np.asarray(values_L)
-        if values_L.shape != (lengths_S.sum(),):
+        if values_L.shape != (total,):
             raise UserError(
-                f"{document_id}: {name} has shape {values_L.shape}, the sentences have {lengths_S.sum()} tokens"
+                f"{document_id}: {name} has shape {values_L.shape}, the sentences have {total} tokens"
             )
         if values_L.dtype.kind == "f" and np.isnan(values_L).any():
             raise UserError(
@@ -95,13 +97,13 @@ def select(
             )
         return values_L
 
-    def per_sentence(values_L, name, reduce=np.maximum):
-        """The largest value in each sentence, or another reduction."""
-        return reduce.reduceat(checked(values_L, name), starts_S)
+    def largest(values_L, name):
+        """The largest value in each sentence."""
+        return np.maximum.reduceat(checked(values_L, name), starts_S)
 
     def holds_any(mask_L, name):
         """Whether the first marked token from a sentence's start on lies in it: faster than to reduce all tokens."""
-        marked = np.append(np.flatnonzero(checked(mask_L, name)), lengths_S.sum())
+        marked = np.append(np.flatnonzero(checked(mask_L, name)), total)
         return marked[np.searchsorted(marked, starts_S)] < starts_S + lengths_S
 
     wanted_S = np.ones(count, bool)
@@ -113,13 +115,13 @@ def select(
         wanted_S |= rng.random(count) < KEEP_PLAIN
         order = _wanted_first(wanted_S, rng)
     elif method in ("score", "linked"):
-        order = np.argsort(-per_sentence(delta_L, "delta_L"), kind="stable")
+        order = np.argsort(-largest(delta_L, "delta_L"), kind="stable")
         if method == "linked":
-            per_sentence(source_L, "source_L")
-            order = _with_sources(order, np.repeat(np.arange(count), lengths_S), source_L)
+            sentence_L = np.repeat(np.arange(count), lengths_S)
+            order = _with_sources(order, sentence_L, checked(source_L, "source_L"))
     elif method == "weighted":
-        rise_S = per_sentence(delta_L, "delta_L")  # for its checks
-        rise_S = per_sentence(np.maximum(delta_L, 0.0), "delta_L", np.add) / lengths_S
+        rise_L = np.maximum(checked(delta_L, "delta_L"), 0.0)
+        rise_S = np.add.reduceat(rise_L, starts_S) / lengths_S
         # Sorting u^(1/w) draws without replacement in proportion to w (Efraimidis and Spirakis 2006).
         with np.errstate(divide="ignore"):
             order = np.argsort(-np.log(rng.random(count)) / rise_S, kind="stable")
@@ -164,10 +166,11 @@ def _with_sources(order, sentence_L, source_L) -> np.ndarray:
 def _admit(lengths_S, order, budget) -> np.ndarray:
     """Tokens kept of each sentence: all of them in this order until the budget is full, then none."""
     total = np.cumsum(lengths_S[order])
-    last = np.searchsorted(total, budget)  # the place in the order at which it is full
+    full = np.searchsorted(total, budget)  # the place in the order at which the budget is met
+    admitted = order[: full + 1]
     kept_S = np.zeros_like(lengths_S)
-    kept_S[order[: last + 1]] = lengths_S[order[: last + 1]]
-    kept_S[order[last]] -= total[last] - budget
+    kept_S[admitted] = lengths_S[admitted]
+    kept_S[admitted[-1]] -= total[full] - budget
     return kept_S
 
 

@@ -118,6 +118,11 @@ class RopeScaling:
                     f"the {rotary_dim} rotated dimensions"
                 )
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the text."""
+        return self.rope_type in ("dynamic", "longrope")
+
     def attention_scale(self) -> float:
         """What rotated queries and keys are both multiplied by."""
         if self.attention_factor is not None:
@@ -154,7 +159,7 @@ def rope_angles(
             largest position + 1, so that no row depends on its neighbours (transformers takes the largest of the
             batch).
     """
-    if scaling.rope_type in ("dynamic", "longrope"):
+    if scaling.by_length:
         if length_B is None:
             length_B = jnp.max(positions_BL, axis=1) + 1
         length_B11 = jnp.broadcast_to(length_B, positions_BL.shape[:1])[:, None, None]
