@@ -4,7 +4,8 @@
     DIR/CHECKPOINT/LENGTH/pred/TASK.jsonl       the answers, in RULER's format; appended one by one
     DIR/CHECKPOINT/niah.png, passkey.png, ...   needles found over lengths and depths
     DIR/CHECKPOINT/results.json                 scores, intervals, counts, templates, seeds, three samples a task
-    DIR/comparison.md                           the checkpoints side by side
+    DIR/comparison.md                           the checkpoints side by side, and how far each is from the first: on the
+                                                same questions, so with an interval of the pairs' differences
 
 A run that was stopped goes on with the same command; other weights under the same name, or another way of asking, need
 another DIR (DIR/CHECKPOINT/asked.json says what the answers there are of). `--generate_only` writes the samples and
@@ -18,6 +19,7 @@ import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -145,7 +147,8 @@ def main(argv) -> None:
             options, config, params, load_tokenizer(spec), out, name, str(path),
             key_evaluator=_KEY_EVALUATOR.value or checkpoints[0],
         )  # fmt: skip
-    text = markdown({name: result["summary"] for name, result in found.items()})
+    differences = _against_the_first(found, out)
+    text = markdown({name: result["summary"] for name, result in found.items()}, differences)
     (out / "comparison.md").write_text(text)
     print(text)
 
@@ -261,6 +264,25 @@ def evaluate(
     everything["complete"] = True
     wd.write_json(out / name / "results.json", everything)
     return everything
+
+
+def _against_the_first(found: Mapping[str, dict], out: pathlib.Path) -> dict[str, dict]:
+    """Of every checkpoint but the first its differences to that one, task by task; kept with its results, too."""
+    first, *others = found
+    differences: dict[str, dict] = {}
+    for name in others:
+        pairs = {
+            task: {
+                length: pair
+                for length, result in by_length.items()
+                if (pair := questions.difference(result, found[first]["results"][task][length]))
+            }
+            for task, by_length in found[name]["results"].items()
+        }
+        differences[name] = {task: by_length for task, by_length in pairs.items() if by_length}
+        found[name]["against"] = {"checkpoint": first, "differences": differences[name]}
+        wd.write_json(out / name / "results.json", found[name])
+    return {name: pairs for name, pairs in differences.items() if pairs}
 
 
 def _check_asked(folder: pathlib.Path, config, params, path: str) -> None:

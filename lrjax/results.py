@@ -8,7 +8,7 @@ asked, a table of its rows (mean over the seeds with Student's 95 % interval), t
 paired differences and what follows from it, a picture, and config, seeds, commit, machine and command. An experiment of
 configs/experiments/ that has no stored runs is listed with the command that makes them. Then the evaluations of real
 models, docs/results/evaluations/NAME/CHECKPOINT.json, a table for every NAME: what `--store` keeps of them are
-the results without the samples.
+the results without what concerns single samples.
 """
 
 import ast
@@ -300,7 +300,8 @@ def store(evaluation: pathlib.Path, folder: pathlib.Path) -> None:
             result for by_length in found["results"].values() for result in by_length.values()
         ):
             result["invented"] = suite.invented(result)
-            result.pop("samples", None)
+            for of_samples in ("samples", "scores", "questions"):
+                result.pop(of_samples, None)
         found["checkpoint"] = _without_folders(found["checkpoint"])
         if "longppl" in found:
             found["longppl"]["evaluator"] = _without_folders(found["longppl"]["evaluator"])

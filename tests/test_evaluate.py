@@ -73,14 +73,14 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
     command = (
         "--tasks=niah_single_1,number",
         "--lengths=2048",
-        "--samples=1",
+        "--samples=2",
         "--depths=0.5",
         f"--out={tmp_path}",
     )
     run(*checkpoints, *command)
     results = json.loads((tmp_path / "model1" / "results.json").read_text())
     one = results["results"]["niah_single_1"]["2048"]
-    assert one["count"] == 1 and one["seed"] == 42 and one["template"]["needle"]
+    assert one["count"] == 2 and one["seed"] == 42 and one["template"]["needle"]
     assert one["samples"][0]["prompt"] and results["cells"]["number"][0]["depth"] == 0.5
     assert results["summary"]["niah_single_1"]["2048"] == one["score"]
     answers = tmp_path / "model0" / "2048" / "pred" / "niah_single_1.jsonl"
@@ -90,17 +90,19 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
     assert answers.read_text() == before
     table = (tmp_path / "comparison.md").read_text()
     assert (
-        table.splitlines()[0] == "| task | length | model0 | model1 |"
+        table.splitlines()[0] == "| task | length | model0 | model1 | model1 - model0 |"
         and len(table.splitlines()) == 4
     )
     # What the page of results keeps of it.
     results_page.store(tmp_path, tmp_path / "kept")
     kept = json.loads((tmp_path / "kept" / tmp_path.name / "model1.json").read_text())
-    assert "samples" not in kept["results"]["niah_single_1"]["2048"]
+    assert not {"samples", "scores"} & kept["results"]["niah_single_1"]["2048"].keys()
+    assert kept["against"]["checkpoint"] == "model0"
     assert kept["checkpoint"] == "model1"  # of paths the name
     page = evaluations.section("needles", {"model1": kept})
     assert kept["made_by"][0]["commit"] in page
-    assert f"| niah_single_1 | 2048 | 1 | {one['score']:.1f} [" in page
+    assert f"| niah_single_1 | 2048 | 2 | {one['score']:.1f} [" in page
+    assert "| model1 | model1 - model0 |" in page and "] | +0.0 |" in page
     with pytest.raises(UserError, match="no CHECKPOINT/results"):
         results_page.store(tmp_path / "kept", tmp_path)
     unfinished = tmp_path / "unfinished" / "model"
@@ -233,3 +235,11 @@ def test_a_part_of_a_file_makes_no_mean():
 def test_a_comparison_has_a_dash_for_what_was_not_asked():
     table = markdown({"a": {"vt": {"1": 12.34}}, "b": {"cwe": {"1": np.float64(5)}}})
     assert table.splitlines()[2:] == ["| vt | 1 | 12.3 | - |", "| cwe | 1 | - | 5.0 |"]
+    far = {"b": {"vt": {"1": {"mean": -1.04, "interval": [-3.0, 0.92]}}}}
+    table = markdown({"a": {"vt": {"1": 12.34}}, "b": {"vt": {"1": 11.3}, "cwe": {"1": 5.0}}}, far)
+    assert table.splitlines() == [
+        "| task | length | a | b | b - a |",
+        "| --- | --- | --- | --- | --- |",
+        "| vt | 1 | 12.3 | 11.3 | -1.0 [-3.0, +0.9] |",
+        "| cwe | 1 | - | 5.0 | - |",
+    ]

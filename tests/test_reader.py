@@ -13,7 +13,14 @@ from lrjax.data.tokenizers import byte_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import decoding, reader
 from lrjax.evaluation.generate import generate, prefill
-from lrjax.evaluation.questions import Task, ask, before_stop, cut_middle, lrjax_answerer
+from lrjax.evaluation.questions import (
+    Task,
+    ask,
+    before_stop,
+    cut_middle,
+    difference,
+    lrjax_answerer,
+)
 from lrjax.evaluation.reader import Reader, answers, shared_length
 from lrjax.evaluation.samples import Prompter, Sample
 from lrjax.models.bits import from_bits
@@ -289,6 +296,25 @@ def test_a_stopped_run_asks_only_what_is_missing(tmp_path):
     samples = [sample._replace(input="Worded otherwise:") for sample in small_task().samples]
     with pytest.raises(UserError, match=r"small.jsonl, line 1: an answer to another question"):
         ask(small_task(samples=samples), answer, prompter, predictions=file)
+
+
+def test_checkpoints_are_compared_question_by_question():
+    """Two models that are right on 2 and 3 of the same 4 questions: wide apart as shares, one question as pairs."""
+
+    def asked(texts, **changes):
+        return ask(small_task(**changes), lambda *_: enumerate(texts), Prompter(byte_tokenizer()))
+
+    first, better = asked(["0", "1", "", ""]), asked(["0", "1", "2", ""])
+    found = difference(better, first)
+    # Differences 0, 0, 100, 0: deviation 50, so 25 of the mean, times Student's 3.182 of 3 degrees of freedom.
+    assert found["mean"] == 25
+    np.testing.assert_allclose(found["interval"], [25 - 79.56, 25 + 79.56], atol=0.01)
+    assert difference(first, first) == {"mean": 0, "interval": None}
+    others = [sample._replace(input="another") for sample in small_task().samples]
+    assert difference(asked(["0"] * 4, samples=others), first) is None
+    weighted = [sample._replace(extra={"weight": 2}) for sample in small_task().samples]
+    assert "scores" not in asked(["0"] * 4, samples=weighted)
+    assert difference(*[asked(["0"], samples=others[:1])] * 2) is None
 
 
 def test_no_prompt_is_cut_silently():

@@ -20,7 +20,7 @@ from lrjax.data.loader import stable_hash
 from lrjax.errors import UserError
 from lrjax.evaluation.reader import answers
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.evaluation.statistics import wilson_interval
+from lrjax.evaluation.statistics import t_interval, wilson_interval
 
 SHOWN = 3  # samples that a result holds in full
 
@@ -177,6 +177,9 @@ def summed_up(
         "stop": list(task.stop),
         **task.about,
     }
+    if not any("weight" in sample.extra for sample in samples):
+        result["scores"] = [scores[sample.index] for sample in samples]
+        result["questions"] = f"{stable_hash([(s.input, s.outputs) for s in samples]) % 2**64:016x}"
     if task.more:
         result["more"] = {
             name: 100 * mean({s.index: score(done[s.index], s) for s in samples})
@@ -203,6 +206,23 @@ def summed_up(
             for sample in samples[:SHOWN]
         ],
     }  # fmt: skip
+
+
+def difference(result: Mapping, first: Mapping) -> dict | None:
+    """How much better a checkpoint does than a first one on the same questions, in points.
+
+    Pairs of answers differ less by chance than two scores do: both models have had the easy and the hard questions.
+
+    Returns:
+      {"mean", "interval": Student's 95 % interval of the mean of the questions' differences}; None where other
+      questions were asked, one alone, or such with weights. The interval is None where all differences are the same:
+      they do not say how far apart others would be.
+    """
+    same = "scores" in result and result.get("questions") == first.get("questions")
+    if not same or result["count"] < 2:
+        return None
+    mean, interval = t_interval(100 * (np.array(result["scores"]) - np.array(first["scores"])))
+    return {"mean": mean, "interval": None if interval[0] == interval[1] else list(interval)}
 
 
 def cut_middle(sample: Sample, prompter: Prompter, room: int) -> tuple[Sample, np.ndarray]:

@@ -5,12 +5,17 @@ section("ruler", {"base": results, "extended": results})         # Markdown; res
 
 from collections.abc import Mapping, Sequence
 
+from lrjax.reporting.comparison import difference
+
 _KEPT = ("tasks", "lengths", "samples", "seed", "squad", "hotpotqa", "ruler_dir")
 
 
 def section(title: str, found: Mapping[str, Mapping]) -> str:
-    """Checkpoints side by side: scores with Wilson's 95 % interval, then means and what was read (perplexity, ...)."""
+    """Checkpoints side by side: scores with Wilson's 95 % interval, the paired differences to the checkpoint that was
+    named first, then means and what was read (perplexity, ...)."""
+    against = {name: one["against"] for name, one in found.items() if "against" in one}
     head = ["task", "tokens", "samples", *found]
+    head += [f"{name} - {each['checkpoint']}" for name, each in against.items()]
     lines = [f"## Evaluation: {title}", "", *(_asked(name, one) for name, one in found.items()), ""]
     lines += [*_unique(map(_command, found.values())), ""]
     lines += [_line(head), "|" + " --- |" * len(head)]
@@ -26,7 +31,11 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
             counts = _unique(str(result["count"]) for result in results if result)
             invented = any(result and result["invented"] for result in results)
             name = f"{task} (invented questions)" if invented else task
-            lines.append(_line([name, length, ", ".join(counts), *map(_cell, results)]))
+            cells = [name, length, ", ".join(counts), *map(_cell, results)]
+            for each in against.values():
+                pair = each["differences"].get(task, {}).get(length)
+                cells.append(difference(pair) if pair else "")
+            lines.append(_line(cells))
     figures = [
         {name: parts for name, parts in one["summary"].items() if name not in one["results"]}
         for one in found.values()
@@ -34,7 +43,8 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
     parts = _unique((name, part) for each in figures for name in each for part in each[name])
     for name, part in parts:
         values = [each.get(name, {}).get(part) for each in figures]
-        lines.append(_line([name, part, "", *("" if v is None else f"{v:.2f}" for v in values)]))
+        cells = [name, part, "", *("" if v is None else f"{v:.2f}" for v in values)]
+        lines.append(_line([*cells, *("" for _ in against)]))
     return "\n".join([*lines, ""])
 
 
