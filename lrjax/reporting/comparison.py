@@ -24,11 +24,11 @@ def markdown(
         scores = [figures[name].get(task, {}).get(length) for name in checkpoints]
         row = [task, length, *("-" if s is None else f"{s:.1f}" for s in scores)]
         found = [each.get(task, {}).get(length) for each in differences.values()]
-        rows.append([*row, *("-" if each is None else difference(each) for each in found)])
+        rows.append([*row, *("-" if each is None else difference_cell(each) for each in found)])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def difference(found: Mapping) -> str:
+def difference_cell(found: Mapping) -> str:
     """+1.0 [-2.0, +4.0]"""
     if found["interval"] is None:
         return f"{found['mean']:+.1f}"

@@ -5,7 +5,7 @@ section("ruler", {"base": results, "extended": results})         # Markdown; res
 
 from collections.abc import Mapping, Sequence
 
-from lrjax.reporting.comparison import difference
+from lrjax.reporting.comparison import difference_cell
 
 _KEPT = ("tasks", "lengths", "samples", "seed", "squad", "hotpotqa", "ruler_dir")
 
@@ -34,7 +34,7 @@ def section(title: str, found: Mapping[str, Mapping]) -> str:
             cells = [name, length, ", ".join(counts), *map(_cell, results)]
             for each in against.values():
                 pair = each["differences"].get(task, {}).get(length)
-                cells.append(difference(pair) if pair else "")
+                cells.append(difference_cell(pair) if pair else "")
             lines.append(_line(cells))
     figures = [
         {name: parts for name, parts in one["summary"].items() if name not in one["results"]}
