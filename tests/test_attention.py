@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lrjax import sharding
 from lrjax.errors import UserError
 from lrjax.models import blockwise as blockwise_module
-from lrjax.models.attention import attention, choose, reference
+from lrjax.models.attention import attention, choose, few_queries, reference
+from lrjax.models.bits import rounded, to_bits
 from lrjax.models.blockwise import blockwise
 from lrjax.models.gpu_attention import cudnn, triton
 from lrjax.models.splash import block_size, block_states, splash
@@ -156,14 +157,39 @@ def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, k
         np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_queries_attend_as_among_many(count, kinds):
-    """On a CPU they take another way; N, K and padding in the last rows' segments included."""
-    q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3)
+def test_few_queries_attend_to_their_layer_of_a_cache_as_among_many(count, kinds, dtype):
+    """N, K and padding in the last rows' segments included."""
+    q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3, dtype=dtype)
     many = reference(q, k, v, ids, ids, **kinds)
-    few = reference(q[:, -count:], k, v, ids[:, -count:], ids, 40 - count, **kinds)
-    np.testing.assert_allclose(few, many[:, -count:], atol=2e-6)
+    k_cache, v_cache = (to_bits(jnp.stack([-x, x, 2 * x])) for x in (k, v))
+    few = jax.jit(functools.partial(few_queries, **kinds))(
+        q[:, -count:], k_cache, v_cache, 1, ids[:, -count:], ids, 40 - count
+    )
+    assert few.dtype == dtype
+    tolerance = (
+        2e-6 if dtype == jnp.float32 else 4e-3
+    )  # half a unit of the last place, of values up to 1
+    np.testing.assert_allclose(
+        few.astype(jnp.float32),
+        many[:, -count:].astype(jnp.float32),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.0, -0.0, 1.0, 1.00390625, 1.01171875, -3.3e38, 3.3895e38, 1e-40, np.inf, -np.inf, np.nan],
+)
+def test_rounding_by_bits_is_rounding(value):
+    x = jnp.asarray([value, np.nextafter(np.float32(value), np.float32(0))], jnp.float32)
+    np.testing.assert_array_equal(
+        np.asarray(jax.jit(lambda x: rounded(x, jnp.bfloat16))(x)).view(np.uint16),
+        np.asarray(x).astype(jnp.bfloat16).view(np.uint16),
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])

@@ -29,7 +29,8 @@ from lrjax.evaluation.generate import (
 )
 from lrjax.models.llama import Llama, LlamaConfig
 
-SHORT_CHUNK = 64  # what is left over is read in chunks of it: two programs for all lengths
+CHUNK = 1024  # a row alone keeps a processor busy with twice the chunk that several rows do
+SHORT_CHUNK = 64  # what is left over is read in quarters of a chunk, then in short ones: three programs for all
 # A batch is read row by row where its prompts share so many tokens with the one before, on average, and that spares
 # such a part of the reading.
 FEWEST_SHARED, WORTH_SHARING = 256, 1 / 3
@@ -43,11 +44,13 @@ class Reader:
       chunk: tokens read at a time.
     """
 
-    def __init__(self, config: LlamaConfig, params, max_length: int, chunk: int = PREFILL_CHUNK):
+    def __init__(self, config: LlamaConfig, params, max_length: int, chunk: int = CHUNK):
         self.config, self.params = config, decoding.ready(config, params)
-        self.max_length, self._chunk = max_length, chunk
-        # A chunk is written whole, its padding too, so there has to be room for one more.
-        size = math.ceil(max_length / chunk) * chunk + SHORT_CHUNK
+        self.max_length = max_length
+        self._widths = chunk, max(chunk // 4, SHORT_CHUNK), SHORT_CHUNK
+        # The last chunk is written whole, less than a short one of padding too; or a chunk that is shorter than that.
+        padding = min(chunk, SHORT_CHUNK)
+        size = math.ceil((max_length + padding) / min(chunk, GRANULE)) * min(chunk, GRANULE)
         self._cache = new_cache(config, self.params, 1, size)
         self._tokens = np.zeros(0, np.int32)  # what the cache holds
         self.tokens_read = 0  # by the model, in all: what sharing saves is the rest
@@ -61,7 +64,7 @@ class Reader:
         self.tokens_read += len(tokens) - start
         while start < len(tokens):
             left = len(tokens) - start
-            width = self._chunk if left > self._chunk - SHORT_CHUNK else SHORT_CHUNK
+            width = next(width for width in self._widths if left > width - SHORT_CHUNK)
             piece = np.zeros((1, width), np.int32)
             count = min(width, left)
             piece[0, :count] = tokens[start : start + count]
@@ -168,7 +171,7 @@ def answers(
     max_new_tokens: int,
     *,
     batch_size: int = 1,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
     rng: jax.Array | None = None,
     **options,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -178,6 +181,7 @@ def answers(
       prompts: token ids, int32 [L] each.
       batch_size: prompts that are answered together: as many rows of cache, and one more where they are read row by
         row, which is where that spares a third of the reading (`_worth_sharing`).
+      chunk: tokens of a row that are read at a time; default: `CHUNK` of one row, `generate.PREFILL_CHUNK` of several.
       rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
 
@@ -200,9 +204,9 @@ def answers(
     def continued(rows, rng):
         nonlocal reader
         if len(rows) > 1 and not _worth_sharing(rows, _row_shards(params, len(rows))):
-            filled = prefill(config, params, rows, max_new_tokens, chunk)
+            filled = prefill(config, params, rows, max_new_tokens, chunk or PREFILL_CHUNK)
         else:
-            reader = reader or Reader(config, params, longest, chunk)
+            reader = reader or Reader(config, params, longest, chunk or CHUNK)
             if len(rows) == 1:  # without a copy of the cache
                 return [reader.answer(rows[0], max_new_tokens, rng=rng, **options)]
             filled = reader.side_by_side(rows, max_new_tokens)

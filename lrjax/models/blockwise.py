@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lrjax.models.bits import rounded
 from lrjax.models.exponential import exp_to_one
 from lrjax.sharding import current
 
@@ -183,7 +184,7 @@ def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_rang
             scores = _scores(_dot(q, _block(k_SH, j, bk), 1, 1), static)
             scores = jnp.where(seen, scores, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = exp_to_one(scores - new_top[:, None]).astype(v_SX.dtype)
+            weights = rounded(exp_to_one(scores - new_top[:, None]), v_SX.dtype)
             product_RX = _dot(weights, _block(v_SX, j, bk), 1, 0)
             return new_top, acc_RX * jnp.exp(top - new_top)[:, None] + product_RX
 
@@ -235,7 +236,7 @@ def _backward_core(
                 scores_bar *= 1 - jnp.square(scores / soft_cap)
             # Each is read by two products or more: the barrier keeps XLA from computing it for each.
             weights, scores_bar = lax.optimization_barrier(
-                (weights.astype(q.dtype), scores_bar.astype(q.dtype))
+                (rounded(weights, q.dtype), rounded(scores_bar, q.dtype))
             )
             v_bar += _dot(weights, g, 1, 0)
             k_bar += _dot(scores_bar, q, 1, 0)
@@ -300,7 +301,8 @@ def _row_masks(q_seg_L, q_offset, rows):
 def _block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
     """Queries and keys to a block: fewer queries the more heads and rows are worked on at the same time, and the
     blocks of one length about even, so that little is padded."""
-    bk = _even(keys, KEY_BLOCK)
+    # Of a cache they go by the chunks that are written to it, so that blocks of both end together on the diagonal.
+    bk = _even(keys, KEY_BLOCK) if keys == queries else min(keys, KEY_BLOCK)
     low, high = QUERY_BLOCKS
     return _even(queries, min(max(BLOCK_SCORES // (heads * bk) // 16 * 16, low), high)), bk
 

@@ -17,6 +17,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from lrjax.sharding import constrain, current
 
+# Of a product in bfloat16 on a CPU: a row alone XLA multiplies with a float32 copy of the weight.
+_FEWEST_ROWS = 4
+
 
 def contract(x, w, dimensions) -> jax.Array:
     """`lax.dot_general` without batch axes, float32 result; float32 operands keep all their bits."""
@@ -50,7 +53,11 @@ def outer_sum(x_TI, g_TO) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x_TI, w, inputs, axes):
-    return contract(x_TI, _whole(w, x_TI.dtype, inputs, axes), ((1,), (0,))).astype(x_TI.dtype)
+    w_IO = _whole(w, x_TI.dtype, inputs, axes)
+    rows = x_TI.shape[0]
+    if rows == 1 and x_TI.dtype == jnp.bfloat16 and current().platform == "cpu":
+        x_TI = jnp.pad(x_TI, ((0, _FEWEST_ROWS - 1), (0, 0)))
+    return contract(x_TI, w_IO, ((1,), (0,)))[:rows].astype(x_TI.dtype)
 
 
 def _matmul_forward(x_TI, w, inputs, axes):

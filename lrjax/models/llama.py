@@ -28,7 +28,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.errors import UserError
 from lrjax.models import context
-from lrjax.models.attention import IMPLEMENTATIONS, LANES, MAX_BLOCK, attention
+from lrjax.models.attention import (
+    IMPLEMENTATIONS,
+    LANES,
+    MAX_BLOCK,
+    attention,
+    few_queries,
+    takes_few_queries,
+)
 from lrjax.models.bits import from_bits, to_bits
 from lrjax.models.embedding import TABLE_AXES, embed
 from lrjax.models.linear import linear
@@ -324,20 +331,26 @@ class Layer(nn.Module):
         if k_cache is not None:
             k_cache, k_BSKH = _extend(k_cache, k_BSKH, index, start)
             v_cache, v_BSKH = _extend(v_cache, v_BSKH, index, start)
-        out_BLNH = attention(
-            q_BLNH,
-            k_BSKH,
-            v_BSKH,
-            segment_ids_BL,
-            k_segment_ids_BS,
-            0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
-            implementation=c.attention,
-            block=c.attention_block,
-            context_parallel=c.context_parallel,
-            window=window,
-            soft_cap=c.attention_soft_cap,
-            scale=c.query_pre_attn_scalar and c.query_pre_attn_scalar**-0.5,
-        )
+        segments = segment_ids_BL, k_segment_ids_BS
+        options = {
+            "window": window,
+            "soft_cap": c.attention_soft_cap,
+            "scale": c.query_pre_attn_scalar and c.query_pre_attn_scalar**-0.5,
+        }
+        if k_cache is not None and takes_few_queries(x_BLD.shape[1], c.attention):
+            out_BLNH = few_queries(q_BLNH, k_cache, v_cache, index, *segments, start, **options)
+        else:
+            out_BLNH = attention(
+                q_BLNH,
+                k_BSKH,
+                v_BSKH,
+                *segments,
+                0 if k_cache is None else start,  # under remat even a plain 0 arrives traced
+                implementation=c.attention,
+                block=c.attention_block,
+                context_parallel=c.context_parallel,
+                **options,
+            )
         y_BLD = linear(out_BLNH, weight("o", (N, H, D), N * H, residual), 2, axes("o"))
         x_BLD += norm("post_attention_norm", y_BLD) if c.post_norms else y_BLD
 
