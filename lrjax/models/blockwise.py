@@ -24,7 +24,7 @@ from lrjax.sharding import current
 
 KEY_BLOCK = 512  # at most
 QUERY_BLOCKS = (32, 512)  # smallest, largest
-# Scores in flight over all heads and rows, 16 MB; a CPU has those of one key head at a time.
+# Scores in flight over all heads and rows, 16 MB; on a CPU of one key head and row at a time.
 BLOCK_SCORES = 2**22
 
 _LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
@@ -78,7 +78,8 @@ def part_backward(
 def _folded(q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset, window, soft_cap, scale):
     """The arguments of `_attend`, whole blocks of each, and what is fixed when it is compiled."""
     B, L, N, H = q_BLNH.shape
-    bq, bk = _block_sizes(B * N, L, k_BSKH.shape[1])
+    at_once = N // k_BSKH.shape[2] if current().platform == "cpu" else B * N
+    bq, bk = _block_sizes(at_once, L, k_BSKH.shape[1])
     # Padding belongs to segments of its own, so that nothing sees it and it sees nothing.
     inputs = (
         _fold_queries(q_BLNH, k_BSKH.shape[2], bq),
@@ -150,17 +151,18 @@ _blockwise.defvjp(_forward, _backward)
 
 def _over_heads_and_rows(core, heads_BKX, same_BX, same):
     """`core(*heads, *same)` of every row of the batch and key head; `same_BX` are arrays that all heads share."""
+    # On a CPU one after the other, so that the scores of a pair of blocks stay in its cache.
+    over = _one_by_one if current().platform == "cpu" else jax.vmap
 
-    def row(heads_KX, same_X):
-        def head(*one):
-            return core(*one, *same_X, *same)
+    def row(row):
+        heads_KX, same_X = row
+        return over(lambda head: core(*head, *same_X, *same))(heads_KX)
 
-        # On a CPU one after the other, so that the scores of a pair of blocks stay in its cache.
-        if current().platform == "cpu":
-            return lax.map(lambda one: head(*one), heads_KX)
-        return jax.vmap(head)(*heads_KX)
+    return over(row)((heads_BKX, same_BX))
 
-    return jax.vmap(row)(heads_BKX, same_BX)
+
+def _one_by_one(f):
+    return functools.partial(lax.map, f)
 
 
 def _forward_core(q_RH, k_SH, v_SH, q_seg_L, k_seg_S, q_offset, window, key_ranges, *, static):
@@ -299,7 +301,7 @@ def _row_masks(q_seg_L, q_offset, rows):
 
 
 def _block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
-    """Queries and keys to a block: fewer queries the more heads and rows are worked on at the same time, and the
+    """Queries and keys to a block: fewer queries the more heads (of all rows) are worked on at once, and the
     blocks of one length about even, so that little is padded."""
     # Of a cache they go by the chunks that are written to it, so that blocks of both end together on the diagonal.
     bk = _even(keys, KEY_BLOCK) if keys == queries else min(keys, KEY_BLOCK)
