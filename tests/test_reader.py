@@ -1,6 +1,7 @@
 """What prompts share is read once, and changes no token; a run that was stopped goes on where it was."""
 
 import dataclasses
+import types
 import json
 
 import jax
@@ -171,6 +172,8 @@ def test_a_batch_is_read_row_by_row_where_that_spares_enough(params, prompts, mo
         return bool(calls)
 
     monkeypatch.setattr(Reader, "side_by_side", spy)
+    assert asked(shared=0, own=20)  # on a CPU always
+    monkeypatch.setattr(reader, "current", lambda: types.SimpleNamespace(platform="gpu"))
     assert asked(shared=280, own=20)
     assert not asked(shared=100, own=10)  # few tokens
     assert not asked(shared=280, own=600)  # a fifth

@@ -28,6 +28,7 @@ from lrjax.evaluation.generate import (
     prefill,
 )
 from lrjax.models.llama import Llama, LlamaConfig
+from lrjax.sharding import current
 
 CHUNK = 1024  # a row alone keeps a processor busy with twice the chunk that several rows do
 SHORT_CHUNK = 64  # what is left over is read in quarters of a chunk, then in short ones: three programs for all
@@ -180,7 +181,7 @@ def answers(
     Args:
       prompts: token ids, int32 [L] each.
       batch_size: prompts that are answered together: as many rows of cache, and one more where they are read row by
-        row, which is where that spares a third of the reading (`_worth_sharing`).
+        row: on a CPU, and where that spares a third of the reading (`_worth_sharing`).
       chunk: tokens of a row that are read at a time; default: `CHUNK` of one row, `generate.PREFILL_CHUNK` of several.
       rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
@@ -203,7 +204,7 @@ def answers(
 
     def continued(rows, rng):
         nonlocal reader
-        if len(rows) > 1 and not _worth_sharing(rows, _row_shards(params, len(rows))):
+        if len(rows) > 1 and not _row_by_row(rows, params):
             filled = prefill(config, params, rows, max_new_tokens, chunk or PREFILL_CHUNK)
         else:
             reader = reader or Reader(config, params, longest, chunk or CHUNK)
@@ -224,6 +225,12 @@ def _row_shards(params, rows: int) -> int:
     mesh = decoding.mesh_of(params)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return 1 if rows % shards else shards
+
+
+def _row_by_row(ordered: Sequence[np.ndarray], params) -> bool:
+    """Whether to read a batch row by row: on a CPU, which a row alone keeps busy, and where that is worth it."""
+    shards = _row_shards(params, len(ordered))
+    return (current().platform == "cpu" and shards == 1) or _worth_sharing(ordered, shards)
 
 
 def _worth_sharing(ordered: Sequence[np.ndarray], shards: int) -> bool:
