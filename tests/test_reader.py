@@ -1,8 +1,8 @@
 """What prompts share is read once, and changes no token; a run that was stopped goes on where it was."""
 
 import dataclasses
-import types
 import json
+import types
 
 import jax
 import jax.numpy as jnp
