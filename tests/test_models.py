@@ -183,6 +183,20 @@ def test_linear_weight_gradient_may_be_transposed():
     np.testing.assert_allclose(grad(x_BI, w_IO), np.full((48, 32), 64.0))
 
 
+def test_a_row_alone_is_multiplied_as_among_others():
+    """On a CPU it is joined by rows of zeros."""
+    x_BI = jax.random.normal(jax.random.key(0), (3, 64)).astype(jnp.bfloat16)
+    w_IO = jax.random.normal(jax.random.key(1), (64, 48))
+    several, several_vjp = jax.vjp(lambda w: linear(x_BI, w), w_IO)
+    alone, alone_vjp = jax.vjp(lambda w: linear(x_BI[1:2], w), w_IO)
+    assert alone.shape == (1, 48)
+    np.testing.assert_allclose(
+        alone.astype(jnp.float32), several[1:2].astype(jnp.float32), rtol=2**-7
+    )
+    only = several_vjp(jnp.zeros_like(several).at[1].set(1))[0]
+    np.testing.assert_allclose(alone_vjp(jnp.ones_like(alone))[0], only, rtol=1e-6)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_gated_activation_is_rounded_once_on_a_cpu(activation):
     gate, up = (

@@ -59,8 +59,12 @@ def alone(params, prompts):
     return [generate(CONFIG, params, [p], 7, prefill_chunk=128)[0].tolist() for p in prompts]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # row by row, and as accelerators read batches
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_sharing_and_batching_change_no_token(params, prompts, alone, batch_size):
+def test_sharing_and_batching_change_no_token(
+    params, prompts, alone, batch_size, platform, monkeypatch
+):
+    monkeypatch.setattr(reader, "current", lambda: types.SimpleNamespace(platform=platform))
     found = dict(answers(CONFIG, params, prompts, 7, batch_size=batch_size, chunk=128))
     assert {i: row.tolist() for i, row in found.items()} == dict(enumerate(alone))
 
@@ -98,8 +102,9 @@ def test_what_is_drawn_does_not_hang_on_what_else_is_asked(params, prompts):
     assert dict(second(ids, 6, ())) != whole
 
 
-def test_a_shared_beginning_is_read_once(params, prompts, alone):
-    one = Reader(CONFIG, params, max_length=DOCUMENT + 31, chunk=128)
+@pytest.mark.parametrize("chunk", [48, 128, 512])  # the last reads in quarters, too
+def test_a_shared_beginning_is_read_once(params, prompts, alone, chunk):
+    one = Reader(CONFIG, params, max_length=DOCUMENT + 31, chunk=chunk)
     for prompt, answer in zip(prompts[1:4], alone[1:4], strict=True):
         assert one.answer(prompt, 7).tolist() == answer
     document = shared_length(prompts[1], prompts[2])
@@ -110,6 +115,19 @@ def test_a_shared_beginning_is_read_once(params, prompts, alone):
     assert scored[0].argmax.tolist() == alone[2]
     with pytest.raises(UserError, match="the reader was made for"):
         one.answer(prompts[1], 100)
+
+
+def test_the_last_chunk_has_room_behind_a_shared_beginning(params):
+    """A chunk that would be written past the end of the cache would be moved over what stands there."""
+    rng = np.random.default_rng(4)
+    first, second = rng.integers(0, 257, (2, 377)).astype(np.int32)
+    second[:300] = first[
+        :300
+    ]  # and the chunk of 128 from there on ends at 428, where the longest may be 384
+    one = Reader(CONFIG, params, max_length=384, chunk=128)
+    one.read(first)
+    expected = generate(CONFIG, params, [second], 7)[0].tolist()
+    assert one.answer(second, 7).tolist() == expected
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}

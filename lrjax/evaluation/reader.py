@@ -21,7 +21,6 @@ from lrjax.errors import UserError
 from lrjax.evaluation import decoding
 from lrjax.evaluation.generate import (
     GRANULE,
-    PREFILL_CHUNK,
     Prefilled,
     check_tokens,
     new_cache,
@@ -30,10 +29,10 @@ from lrjax.evaluation.generate import (
 from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.sharding import current
 
-CHUNK = 1024  # a row alone keeps a processor busy with twice the chunk that several rows do
+CHUNK = 1024  # of one row; 2,048 tokens of SmolLM2 took one core 3.0 s, in chunks of 512 it was 3.7 to 4.3
 SHORT_CHUNK = 64  # what is left over is read in quarters of a chunk, then in short ones: three programs for all
-# A batch is read row by row where its prompts share so many tokens with the one before, on average, and that spares
-# such a part of the reading.
+# An accelerator reads a batch row by row where its prompts share so many tokens with the one before, on average, and
+# that spares such a part of the reading.
 FEWEST_SHARED, WORTH_SHARING = 256, 1 / 3
 
 
@@ -46,6 +45,8 @@ class Reader:
     """
 
     def __init__(self, config: LlamaConfig, params, max_length: int, chunk: int = CHUNK):
+        if chunk < 1:
+            raise UserError(f"reader: chunk is {chunk}; allowed: 1 and more")
         self.config, self.params = config, decoding.ready(config, params)
         self.max_length = max_length
         self._widths = chunk, max(chunk // 4, SHORT_CHUNK), SHORT_CHUNK
@@ -182,7 +183,7 @@ def answers(
       prompts: token ids, int32 [L] each.
       batch_size: prompts that are answered together: as many rows of cache, and one more where they are read row by
         row: on a CPU, and where that spares a third of the reading (`_worth_sharing`).
-      chunk: tokens of a row that are read at a time; default: `CHUNK` of one row, `generate.PREFILL_CHUNK` of several.
+      chunk: tokens of a row that are read at a time; default: `CHUNK` row by row, else `generate.PREFILL_CHUNK`.
       rng: for a temperature above 0, a key for each prompt; or one, from which each prompt has its own by its index.
       options: of `generate.generate`: temperature, top_p, eos_id, stop.
 
@@ -200,14 +201,15 @@ def answers(
     rng = None if rng is None else decoding.row_keys(rng, len(prompts))
     order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index]).tolist())
     longest = max(map(len, prompts)) + max_new_tokens
+    in_chunks = {} if chunk is None else {"chunk": chunk}
     reader = None
 
     def continued(rows, rng):
         nonlocal reader
         if len(rows) > 1 and not _row_by_row(rows, params):
-            filled = prefill(config, params, rows, max_new_tokens, chunk or PREFILL_CHUNK)
+            filled = prefill(config, params, rows, max_new_tokens, **in_chunks)
         else:
-            reader = reader or Reader(config, params, longest, chunk or CHUNK)
+            reader = reader or Reader(config, params, longest, **in_chunks)
             if len(rows) == 1:  # without a copy of the cache
                 return [reader.answer(rows[0], max_new_tokens, rng=rng, **options)]
             filled = reader.side_by_side(rows, max_new_tokens)

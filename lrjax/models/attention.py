@@ -180,10 +180,11 @@ def few_queries(
             "LNX,SX->LNS", q_LNX, row_of(k_nBSKH, b), preferred_element_type=jnp.float32
         )
         weights_LNS = _weights(scores_LNS, seen_BLS[b][:, None], H, soft_cap, scale)
+        v_SX = row_of(v_nBSKH, b)
         out_LNX = jnp.einsum(
             "LNS,SX->LNX",
-            weights_LNS.astype(q_BLNH.dtype),
-            row_of(v_nBSKH, b),
+            weights_LNS.astype(v_SX.dtype),
+            v_SX,
             preferred_element_type=jnp.float32,
         )
         out_LNH = jnp.sum(out_LNX.reshape(L, N, K, H) * own_NK1, axis=2)

@@ -1,10 +1,13 @@
-"""bfloat16 arrays that layers are cut out of, held as the integers of their bits.
+"""bfloat16 by its bits: arrays that layers are cut out of, held as integers, and rounding.
 
 XLA's CPU backend moves bfloat16 element by element: cutting a layer out of a stack of weights or out of the cache takes
 about ten times as long as with the same bytes as integers (`python -m benchmarks.bits`). On other platforms the two
 are one.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,12 +24,19 @@ def from_bits(x):
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(x, dtype):
     """float32 `x.astype(dtype)`. To bfloat16 by its bits on a CPU: XLA looks for NaN at every element there, which
-    in a fusion with an exponential costs a quarter of the time. (NaN stays NaN but for bits that no operation makes.)
+    in a fusion with an exponential is a quarter of the time (docs/log.md, 27 November 2026). NaN stays NaN but for bits
+    that no operation here makes.
     """
     if dtype != jnp.bfloat16 or x.dtype != jnp.float32 or current().platform != "cpu":
         return x.astype(dtype)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)  # to the nearest, halves to the even one
     return from_bits((bits >> 16).astype(jnp.uint16))
+
+
+@rounded.defjvp
+def _rounded_jvp(dtype, primals, tangents):
+    return rounded(*primals, dtype), tangents[0].astype(dtype)

@@ -24,8 +24,9 @@ from lrjax.sharding import current
 
 KEY_BLOCK = 512  # at most
 QUERY_BLOCKS = (32, 512)  # smallest, largest
-# Scores in flight over all heads and rows, 16 MB; on a CPU of one key head and row at a time.
+# Scores in flight over all heads and rows, 16 MB; on a CPU of one key head at a time, and of all rows up to 4 MB.
 BLOCK_SCORES = 2**22
+TOGETHER = 2**20
 
 _LOW = -1e30  # below every score, yet finite: exp(-inf - _LOW) is 0 where exp(-inf + inf) is NaN
 
@@ -132,7 +133,7 @@ def _attend(q_BKRH, k_BKSH, v_BKSH, q_seg_BL, k_seg_BS, q_offset, window, static
     visible_ij = _visible(q_seg_BL, k_seg_BS, q_offset, window, static)
     same_BX, same = (q_seg_BL, k_seg_BS), (q_offset, window, _ranges(visible_ij))
     core = functools.partial(_forward_core, static=static)
-    return _over_heads_and_rows(core, (q_BKRH, k_BKSH, v_BKSH), same_BX, same)
+    return _over_heads_and_rows(core, (q_BKRH, k_BKSH, v_BKSH), same_BX, same, static)
 
 
 def _backward(static, residuals, g_BKRH):
@@ -142,23 +143,29 @@ def _backward(static, residuals, g_BKRH):
     heads_BKX = q_BKRH, k_BKSH, v_BKSH, g_BKRH.astype(q_BKRH.dtype), lse_BKR, delta_BKR
     same_BX, same = (q_seg_BL, k_seg_BS), (q_offset, window, _ranges(visible_ij.T))
     core = functools.partial(_backward_core, static=static)
-    bars = _over_heads_and_rows(core, heads_BKX, same_BX, same)
+    bars = _over_heads_and_rows(core, heads_BKX, same_BX, same, static)
     return *bars, None, None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _over_heads_and_rows(core, heads_BKX, same_BX, same):
+def _over_heads_and_rows(core, heads_BKX, same_BX, same, static):
     """`core(*heads, *same)` of every row of the batch and key head; `same_BX` are arrays that all heads share."""
-    # On a CPU one after the other, so that the scores of a pair of blocks stay in its cache.
-    over = _one_by_one if current().platform == "cpu" else jax.vmap
+    # On a CPU one after the other, so that the scores of a pair of blocks stay in its cache; but short rows together.
+    rows, heads = jax.vmap, jax.vmap
+    if current().platform == "cpu":
+        heads = _one_by_one
+        B, _, R, _ = heads_BKX[0].shape
+        queries = same_BX[0].shape[1]
+        if B * (R // queries) * static.bq * static.bk > TOGETHER:
+            rows = _one_by_one
 
     def row(row):
         heads_KX, same_X = row
-        return over(lambda head: core(*head, *same_X, *same))(heads_KX)
+        return heads(lambda head: core(*head, *same_X, *same))(heads_KX)
 
-    return over(row)((heads_BKX, same_BX))
+    return rows(row)((heads_BKX, same_BX))
 
 
 def _one_by_one(f):
@@ -303,8 +310,9 @@ def _row_masks(q_seg_L, q_offset, rows):
 def _block_sizes(heads: int, queries: int, keys: int) -> tuple[int, int]:
     """Queries and keys to a block: fewer queries the more heads (of all rows) are worked on at once, and the
     blocks of one length about even, so that little is padded."""
-    # Of a cache they go by the chunks that are written to it, so that blocks of both end together on the diagonal.
-    bk = _even(keys, KEY_BLOCK) if keys == queries else min(keys, KEY_BLOCK)
+    # A cache that is read in whole blocks has whole ones too: those of queries and keys end together on the diagonal.
+    whole = keys > queries and queries % KEY_BLOCK == 0
+    bk = KEY_BLOCK if whole else _even(keys, KEY_BLOCK)
     low, high = QUERY_BLOCKS
     return _even(queries, min(max(BLOCK_SCORES // (heads * bk) // 16 * 16, low), high)), bk
 

@@ -17,7 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from lrjax.sharding import constrain, current
 
-# Of a product in bfloat16 on a CPU: a row alone XLA multiplies with a float32 copy of the weight.
+# Of a product in bfloat16 on a CPU: a row alone XLA multiplies with a float32 copy of the weight. (2 rows took up
+# to 25 % longer than 4 with SmolLM2's weights, 8 no less.)
 _FEWEST_ROWS = 4
 
 

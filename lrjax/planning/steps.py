@@ -90,7 +90,10 @@ def score(config, mesh) -> Program:
 
 
 def prefill(config, mesh) -> Program:
-    """One chunk of a prompt of the target length: `PREFILL_CHUNK` tokens onto a cache that is as good as full."""
+    """One chunk of a prompt of the target length: `PREFILL_CHUNK` tokens onto a cache that is as good as full.
+
+    As `generate.prefill` reads it; `reader.Reader`, which reads one row alone, takes twice as many tokens at a time.
+    """
     model = dataclasses.replace(model_of(config), remat="none")
     params = _laid_out(abstract_params(model), shardings_of(abstract_params(model), mesh))
     here = sharding.current()
