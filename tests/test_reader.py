@@ -115,15 +115,16 @@ def test_a_shared_beginning_is_read_once(params, prompts, alone, chunk):
     assert scored[0].argmax.tolist() == alone[2]
     with pytest.raises(UserError, match="the reader was made for"):
         one.answer(prompts[1], 100)
+    with pytest.raises(UserError, match="chunk is 0; allowed: 1 and more"):
+        Reader(CONFIG, params, max_length=8, chunk=0)
 
 
 def test_the_last_chunk_has_room_behind_a_shared_beginning(params):
     """A chunk that would be written past the end of the cache would be moved over what stands there."""
     rng = np.random.default_rng(4)
     first, second = rng.integers(0, 257, (2, 377)).astype(np.int32)
-    second[:300] = first[
-        :300
-    ]  # and the chunk of 128 from there on ends at 428, where the longest may be 384
+    # The chunk of 128 behind what they share ends at 428, where the longest may be 384.
+    second[:300] = first[:300]
     one = Reader(CONFIG, params, max_length=384, chunk=128)
     one.read(first)
     expected = generate(CONFIG, params, [second], 7)[0].tolist()
