@@ -98,8 +98,9 @@ def _plan_step(config, mesh, chip, name) -> dict:
         keys = config.target_length if name == "prefill" else program.length
         offset = 0 if name != "prefill" else None
         implementation = attention.choose(
-            program.length, keys, offset, program.model.context_parallel
-        )
+            program.length, keys, offset, program.model.context_parallel,
+            head_dim=program.model.head_dim,
+        )  # fmt: skip
     counted = estimate.flops(program, implementation, train=train)
     step = {
         "accepted": False, "reason": "", "peak_bytes_per_device": None, "argument_bytes_per_device": None,

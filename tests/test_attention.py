@@ -17,7 +17,7 @@ from lrjax.models import blockwise as blockwise_module
 from lrjax.models.attention import attention, choose, few_queries, reference
 from lrjax.models.bits import rounded, to_bits
 from lrjax.models.blockwise import blockwise
-from lrjax.models.gpu_attention import cudnn, triton
+from lrjax.models.gpu_attention import after_cache, cudnn, triton
 from lrjax.models.splash import block_size, block_states, splash
 
 
@@ -143,6 +143,22 @@ def test_split_over_eight_devices_is_one_device(small_blocks):
     split += [jax.device_put(x, rows) for x in inputs[3:]]
     for got, want in zip(gradients(blockwise, split), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cudnn"])
+def test_gpu_kernels_split_over_devices_are_one_device(implementation):
+    """Rows and heads split, the keys the queries' own: the kernels with gradients."""
+    inputs = make_inputs(6, B=4, L=160, N=4, K=2, H=16, segments=1)
+
+    def attend(q, k, v, q_ids, k_ids, offset):
+        return attention(q, k, v, q_ids, k_ids, implementation=implementation)
+
+    # The padding of the one row that has some comes out as each kernel pleases.
+    inputs = (*inputs[:3], jnp.ones_like(inputs[3]), jnp.ones_like(inputs[4]))
+    expected = gradients(reference, inputs)
+    with sharding.layout(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        for got, want in zip(gradients(attend, inputs), expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-4)
 
 
 @pytest.mark.parametrize("kinds", [{"window": 5}, {"window": 21}, {"soft_cap": 1.5, "scale": 0.8}])
@@ -280,6 +296,45 @@ def test_the_mask_of_a_long_sequence_takes_no_time(length):
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("L", "S", "q_offset", "keywords"),
+    [
+        (20, 90, 3, {}),
+        (100, 300, 150, {"scale": 0.5}),
+        (70, 200, 130, {"window": 50}),
+        (64, 256, 100, {"soft_cap": 3.0}),
+        (5, 40, 35, {"window": 1}),
+    ],
+)
+def test_the_gpu_kernel_for_a_cache_is_the_reference(L, S, q_offset, keywords, dtype):
+    """GQA, packed documents, padding, an offset and a window that are traced."""
+    q, k, v, _, k_ids = make_inputs(L, L=L, S=S, H=16, dtype=dtype)
+    ids = k_ids[:, q_offset : q_offset + L]
+    traced = {name: keywords[name] for name in keywords if name == "window"}
+    static = {name: keywords[name] for name in keywords if name != "window"}
+
+    @jax.jit
+    def kernel(offset, traced):
+        return after_cache(q, k, v, ids, k_ids, offset, interpret=True, **traced, **static)
+
+    expected = reference(
+        *(x.astype(jnp.float32) for x in (q, k, v)), ids, k_ids, q_offset, **keywords
+    )
+    out = kernel(jnp.int32(q_offset), traced)
+    assert out.dtype == dtype
+    atol = (
+        2e-5 if dtype == jnp.float32 else 0.03
+    )  # half of a bfloat16's last bit, of numbers up to 4
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=atol)
+
+
+def test_the_gpu_kernel_for_a_cache_sees_nothing_where_nothing_is():
+    q, k, v, _, k_ids = make_inputs(0, B=1, L=30, S=60, H=16)
+    out = after_cache(q, k, v, jnp.full((1, 30), 9), k_ids, 20, interpret=True)
+    np.testing.assert_array_equal(out, jnp.zeros_like(q))
+
+
 def test_cudnn_serves_rows_of_one_document_and_never_a_wrong_result():
     q, k, v, _, _ = make_inputs(2, B=3, L=12)
     ids = jnp.asarray([[1] * 12, [1] * 8 + [0] * 4, [1] * 6 + [2] * 6])
@@ -292,10 +347,11 @@ def test_cudnn_serves_rows_of_one_document_and_never_a_wrong_result():
 
 def test_what_cannot_be_served_is_refused():
     q, k, v, ids, k_ids = make_inputs(3, L=20, S=40, H=8)
-    with pytest.raises(UserError, match=r"'triton': 20 queries of 40 keys .*allowed: blockwise"):
-        attention(q, k, v, ids, k_ids, implementation="triton")
+    with pytest.raises(UserError, match=r"'cudnn': 20 queries of 40 keys .*allowed: blockwise"):
+        attention(q, k, v, ids, k_ids, implementation="cudnn")
     with pytest.raises(UserError, match="'triton': this model has a soft_cap"):
-        attention(q, q, q, ids, ids, implementation="triton", soft_cap=1.0)
+        wide = jnp.zeros((1, 20, 2, 16))
+        attention(wide, wide, wide, ids[:1], ids[:1], implementation="triton", soft_cap=1.0)
     with pytest.raises(UserError, match="'triton': head_dim 8; allowed: powers of two, 16"):
         attention(q, q, q, ids, ids, implementation="triton")
     with pytest.raises(UserError, match="window is fixed when it is compiled"):
@@ -309,10 +365,11 @@ def test_what_cannot_be_served_is_refused():
         ("gpu", {}, "triton"),
         ("cpu", {}, "blockwise"),
         ("gpu", {"window": 5}, "blockwise"),
-        ("gpu", {"q_offset": None}, "blockwise"),
+        ("gpu", {"window": 5, "q_offset": None}, "triton"),  # after a cache
+        ("gpu", {"head_dim": 96}, "blockwise"),
     ],
 )
 def test_auto_takes_what_the_platform_has(monkeypatch, platform, keywords, choice):
     monkeypatch.setattr(sharding.Layout, "platform", platform)
-    assert choose(4096, 4096, **{"q_offset": 0, **keywords}) == choice
-    assert choose(1, 4096, 0) == "reference"  # decoding
+    assert choose(4096, 4096, **{"q_offset": 0, "head_dim": 64, **keywords}) == choice
+    assert choose(1, 4096, 0, head_dim=64) == "reference"  # decoding

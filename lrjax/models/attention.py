@@ -6,7 +6,8 @@ sliding `window`, only if j is also among the last `window` keys up to the query
 by index, never by the value of a position. The implementations are tested against each other:
 
 * `splash` (`lrjax.models.splash`): Pallas on TPUs.
-* `triton`, `cudnn` (`lrjax.models.gpu_attention`): NVIDIA GPUs; packed documents, rows of one document.
+* `triton`, `cudnn` (`lrjax.models.gpu_attention`): NVIDIA GPUs; packed documents and queries that a cache goes
+  before, rows of one document.
 * `blockwise` (`lrjax.models.blockwise`): any platform, memory linear in L, work only where something is seen.
 * `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences.
 
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from lrjax import sharding
 from lrjax.errors import UserError
-from lrjax.models import context
+from lrjax.models import context, gpu_attention
 from lrjax.models.bits import from_bits
 from lrjax.models.blockwise import blockwise
 from lrjax.models.ring import Part
@@ -83,7 +84,15 @@ def attention(
     """
     L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     if implementation == "auto":
-        implementation = choose(L, S, q_offset, context_parallel, window=window, soft_cap=soft_cap)
+        implementation = choose(
+            L,
+            S,
+            q_offset,
+            context_parallel,
+            window=window,
+            soft_cap=soft_cap,
+            head_dim=q_BLNH.shape[3],
+        )
     here = sharding.current()
     own_keys = L == S and isinstance(q_offset, int)  # no cache: the sequence is split, if it is
     shared = own_keys and here.size("length") > 1
@@ -224,7 +233,14 @@ def _weights(products, seen, head_dim, soft_cap, scale):
 
 
 def choose(
-    L: int, S: int, q_offset=0, context_parallel="gather", *, window=None, soft_cap=None
+    L: int,
+    S: int,
+    q_offset=0,
+    context_parallel="gather",
+    *,
+    head_dim: int,
+    window=None,
+    soft_cap=None,
 ) -> str:
     """What `auto` stands for: an implementation that serves the request on the current layout's platform."""
     platform = sharding.current().platform
@@ -235,14 +251,10 @@ def choose(
         choice = "reference"
     elif platform == "tpu" and not isinstance(window, jax.Array):
         choice = "splash"
-    elif (
-        platform == "gpu"
-        and own_keys
-        and window is None
-        and soft_cap is None
-        and (n == 1 or context_parallel == "ulysses")
-    ):
-        choice = "triton"
+    elif platform == "gpu" and gpu_attention.serves_width(head_dim):
+        whole = n == 1 or (own_keys and context_parallel == "ulysses")
+        trains = window is None and soft_cap is None
+        choice = "triton" if whole and (trains or not own_keys) else "blockwise"
     else:
         choice = "blockwise"
     sharding.log_once("attention=auto: %s on %s", choice, platform)
@@ -291,8 +303,6 @@ def _kernel(implementation: str, platform: str, block: int):
         from lrjax.models.splash import splash
 
         return functools.partial(splash, max_block=block, interpret=interpret)
-    from lrjax.models import gpu_attention
-
     if implementation == "triton":
         return functools.partial(gpu_attention.triton, interpret=interpret)
     return functools.partial(gpu_attention.cudnn, implementation="xla" if interpret else "cudnn")

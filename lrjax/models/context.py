@@ -106,8 +106,10 @@ def split_attention(
     def local(q, k, v, q_seg, k_seg, q_offset):
         if isinstance(kernel, Part):
             return ring(kernel, AXIS, n, q, k, v, q_seg, window)
-        if not length or n == 1:
+        if not length:
             return kernel(q, k, v, q_seg, k_seg, q_offset)
+        if n == 1:  # a plain 0, which says that the keys are the queries' own
+            return kernel(q, k, v, q_seg, k_seg, 0)
         if context_parallel == "ulysses":
             return _ulysses(kernel, q, k, v, q_seg)
         return _gather(kernel, q, k, v, q_seg, n, runs)

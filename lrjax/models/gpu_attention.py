@@ -1,29 +1,47 @@
-"""Attention on NVIDIA GPUs: cuDNN through `jax.nn`, and the Pallas-Triton kernel that JAX ships.
+"""Attention on NVIDIA GPUs: cuDNN through `jax.nn`, Pallas-Triton kernels: JAX's to train, one of ours to read prompts.
 
-Both want the sequence whole (context parallelism: ulysses) and queries that are the keys' own (no cache).
+All want the sequence whole (context parallelism: ulysses). cuDNN and JAX's kernel want queries that are the keys' own;
+`after_cache` is for queries that a cache goes before, has windows and soft caps too, and no gradients.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from lrjax.errors import UserError
 
 TRITON_BLOCK = 128  # the largest of the kernel's default blocks
+CACHE_BLOCKS = 64, 64  # queries, keys of `after_cache`
+_LOG2_E = math.log2(math.e)
+_LOW = -1e30  # below every score, yet finite: where nothing is seen nothing is NaN
 
 
 def triton(
     q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset=0, *,
     window=None, soft_cap=None, scale=None, interpret=False,
 ):  # fmt: skip
-    """Packed documents; key heads are repeated for their group. Arguments as `lrjax.models.attention.attention`."""
-    from jax.experimental.pallas.ops.gpu import attention as kernel_lib
+    """Packed documents; key heads are repeated for their group. Arguments as `lrjax.models.attention.attention`.
 
-    _check("triton", q_BLNH, k_BSKH, q_offset, window=window, soft_cap=soft_cap)
+    With queries that a cache goes before, `after_cache`.
+    """
     L, N, H = q_BLNH.shape[1:]
-    if H & (H - 1) or H < 16:
+    if not serves_width(H):
         raise UserError(
             f"model.attention 'triton': head_dim {H}; allowed: powers of two, 16 and more"
         )
+    if k_BSKH.shape[1] != L or not isinstance(q_offset, int):
+        return after_cache(
+            q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset,
+            window=window, soft_cap=soft_cap, scale=scale, interpret=interpret,
+        )  # fmt: skip
+    _check("triton", q_BLNH, k_BSKH, q_offset, window=window, soft_cap=soft_cap)
+    from jax.experimental.pallas.ops.gpu import attention as kernel_lib
+
     padding = -L % TRITON_BLOCK
 
     def padded(x, value=0):
@@ -40,6 +58,114 @@ def triton(
         interpret=interpret,
     )
     return out_BLNH[:, :L].astype(q_BLNH.dtype)
+
+
+def serves_width(head_dim: int) -> bool:
+    """Whether the Triton kernels have heads so wide."""
+    return head_dim >= 16 and not head_dim & (head_dim - 1)
+
+
+def after_cache(
+    q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset=0, *,
+    window=None, soft_cap=None, scale=None, interpret=False,
+):  # fmt: skip
+    """Queries that stand anywhere among the keys; a window may be traced. Forward alone.
+
+    FlashAttention-2's forward pass (Dao 2023, algorithm 1): a program has a block of queries of one head, and goes over
+    the key blocks from the first that its window reaches to the one that its last query stands in.
+    """
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    bq, bk = CACHE_BLOCKS
+    q_padding, k_padding = -L % bq, -S % bk
+
+    def padded(x, padding, value=0):
+        if not padding:
+            return x
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths, constant_values=value)
+
+    # Padding of the keys is in a segment of its own.
+    q_seg_BL = padded(q_seg_BL.astype(jnp.int32), q_padding)
+    k_seg_BS = padded(k_seg_BS.astype(jnp.int32), k_padding, -1)
+    places = jnp.stack(
+        [jnp.asarray(q_offset, jnp.int32), jnp.asarray(S if window is None else window, jnp.int32)]
+    )
+    length = S + k_padding
+    q_spec = pl.BlockSpec((None, bq, None, H), lambda i, b, n: (b, i, n, 0))
+    k_spec = pl.BlockSpec((None, length, None, H), lambda i, b, n: (b, 0, n // (N // K), 0))
+    out_BLNH = pl.pallas_call(
+        functools.partial(
+            _after_cache_kernel,
+            key_blocks=length // bk,
+            scale=H**-0.5 if scale is None else scale,
+            soft_cap=soft_cap,
+        ),
+        grid=((L + q_padding) // bq, B, N),
+        in_specs=[
+            pl.BlockSpec((2,), lambda i, b, n: (0,)),
+            q_spec,
+            k_spec,
+            k_spec,
+            pl.BlockSpec((None, bq), lambda i, b, n: (b, i)),
+            pl.BlockSpec((None, length), lambda i, b, n: (b, 0)),
+        ],
+        out_specs=q_spec,
+        out_shape=jax.ShapeDtypeStruct((B, L + q_padding, N, H), q_BLNH.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2),
+        interpret=interpret,
+        name="attention_after_cache",
+    )(
+        places,
+        padded(q_BLNH, q_padding),
+        padded(k_BSKH, k_padding),
+        padded(v_BSKH, k_padding),
+        q_seg_BL,
+        k_seg_BS,
+    )
+    return out_BLNH[:, :L]
+
+
+def _after_cache_kernel(
+    places_ref, q_ref, k_ref, v_ref, q_seg_ref, k_seg_ref, out_ref, *, key_blocks, scale, soft_cap
+):
+    bq, bk = CACHE_BLOCKS
+    H = q_ref.shape[-1]
+    offset, window = places_ref[0], places_ref[1]
+    first = offset + pl.program_id(0) * bq  # index among the keys of the first query
+    q_QH, q_seg_Q = q_ref[...], q_seg_ref[...]
+    q_index_Q = first + jnp.arange(bq)
+    # Of float32 all bits count; of tf32, the default, 11.
+    precision = lax.Precision.HIGHEST if q_QH.dtype == jnp.float32 else None
+
+    def key_block(j, carry):
+        out_QH, sum_Q, top_Q = carry
+        block = pl.ds(j * bk, bk)
+        k_KH, v_KH, k_seg_K = k_ref[block, :], v_ref[block, :], k_seg_ref[block]
+        scores_QK = jnp.dot(q_QH, k_KH.T, precision=precision, preferred_element_type=jnp.float32)
+        scores_QK *= scale
+        if soft_cap is not None:  # tanh, of what every GPU has: 2^x
+            halves_QK = jnp.exp2(scores_QK * (-2 * _LOG2_E / soft_cap))
+            scores_QK = soft_cap * (2 / (1 + halves_QK) - 1)
+        k_index_K = j * bk + jnp.arange(bk)
+        behind_QK = q_index_Q[:, None] - k_index_K[None, :]
+        seen_QK = (behind_QK >= 0) & (behind_QK < window) & (q_seg_Q[:, None] == k_seg_K[None, :])
+        scores_QK = jnp.where(seen_QK, scores_QK * _LOG2_E, _LOW)
+        new_top_Q = jnp.maximum(top_Q, jnp.max(scores_QK, axis=-1))
+        # Where a row has seen nothing so far its top is _LOW, and 2^0 is no weight.
+        weights_QK = jnp.where(seen_QK, jnp.exp2(scores_QK - new_top_Q[:, None]), 0.0)
+        shrink_Q = jnp.exp2(top_Q - new_top_Q)
+        out_QH = out_QH * shrink_Q[:, None] + jnp.dot(
+            weights_QK.astype(v_KH.dtype), v_KH,
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return out_QH, sum_Q * shrink_Q + jnp.sum(weights_QK, axis=-1), new_top_Q
+
+    start = jnp.zeros((bq, H), jnp.float32), jnp.zeros(bq), jnp.full(bq, _LOW)
+    low = lax.div(jnp.maximum(first - window + 1, 0), jnp.int32(bk))
+    high = jnp.minimum(lax.div(first + bq - 1, jnp.int32(bk)) + 1, key_blocks)
+    out_QH, sum_Q, _ = lax.fori_loop(low, high, key_block, start)
+    out_ref[...] = (out_QH / jnp.where(sum_Q > 0, sum_Q, 1.0)[:, None]).astype(out_ref.dtype)
 
 
 def cudnn(
