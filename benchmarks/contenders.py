@@ -5,9 +5,13 @@
 starts `python -m benchmarks.train_step --contender=NAME --length=2048` for each; the process ends with
 `report(seconds=..., ...)`, whose values come back together with the process's peak of resident memory. So no
 contender inherits another's memory, threads or compiled code.
+
+With JAX_PLATFORMS=cuda every contender, torch's too, runs on the first GPU, and memory is the device's that its arrays
+took at the most.
 """
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -39,8 +43,32 @@ def report(**values) -> None:
     print(_MARK + json.dumps(values))
 
 
+def on_gpu() -> bool:
+    return "cuda" in os.environ.get("JAX_PLATFORMS", "")
+
+
+def torch_device() -> str:
+    """For torch's contenders; which call `finish` before they are timed to have done something."""
+    return "cuda" if on_gpu() else "cpu"
+
+
+def finish() -> None:
+    """Waits for what torch has on its way on the GPU."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def peak_bytes() -> int:
-    """The most memory this process has had resident so far."""
+    """The most memory this process has had so far: resident, or on the GPU in arrays."""
+    if on_gpu():
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            return torch.cuda.max_memory_allocated()
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -56,9 +84,12 @@ def time_steps(step, count: int) -> dict[str, float]:
 
 
 def machine() -> str:
-    """The processor's name and how many of its cores this process may use."""
-    import os
-
+    """The processor's name and how many of its cores this process may use, and the GPU's."""
     with open("/proc/cpuinfo") as lines:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    name = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    if not on_gpu():
+        return name
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    card = subprocess.run(query, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return f"{card}; {name}"

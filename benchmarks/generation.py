@@ -78,16 +78,18 @@ def run_torch(prompt: int, new: int, repeats: int, dtype: str) -> None:
         attn_implementation="sdpa",
     )
     torch.set_default_dtype(getattr(torch, dtype))  # so that no float32 copy is made on the way
-    model = transformers.LlamaForCausalLM(config).eval()
+    device = contenders.torch_device()
+    model = transformers.LlamaForCausalLM(config).to(device).eval()
 
     def step():
-        tokens_BL = torch.randint(0, config.vocab_size, (1, prompt))
+        tokens_BL = torch.randint(0, config.vocab_size, (1, prompt), device=device)
         out = model.generate(
             tokens_BL,
             attention_mask=torch.ones_like(tokens_BL),
             max_new_tokens=new,
             do_sample=False,
         )
+        contenders.finish()
         assert out.shape[1] == prompt + new
 
     with torch.inference_mode():

@@ -3,7 +3,8 @@
     python -m benchmarks.scoring_memory --out=scoring_memory.json [--length=8192]
 
 Every contender runs in a process of its own with both models loaded. "Extra" is the highest resident memory during
-scoring less the resident memory before it (Linux: VmHWM, reset through /proc/self/clear_refs), compilation included;
+scoring less the resident memory before it (Linux: VmHWM, reset through /proc/self/clear_refs), compilation included,
+or with JAX_PLATFORMS=cuda the GPU's, in arrays;
 "compiled" is what the compiler says its program needs beside its arguments.
 
 * `lrjax`: `lrjax.longrecipe.scoring.make_scorer`, which holds the logits of a chunk of tokens at a time.
@@ -80,15 +81,27 @@ def run(name: str, length: int) -> None:
     contenders.report(
         seconds=time.perf_counter() - start,
         cpu_seconds=time.process_time() - cpu,
-        extra_bytes=resident("VmHWM") - before,
+        extra_bytes=highest() - before,
         compiled_bytes=compiled.memory_analysis().temp_size_in_bytes,
     )
 
 
 def reset_peak() -> int:
-    """Sets the highest resident memory back to the present one, and returns it."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
+    """Sets the highest memory back to the present one, where it can be, and returns the present one."""
+    if not contenders.on_gpu():
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmRSS")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    import jax
+
+    return jax.devices()[0].memory_stats()["bytes_in_use"]
+
+
+def highest() -> int:
+    return contenders.peak_bytes() if contenders.on_gpu() else resident("VmHWM")
 
 
 def run_transformers(length: int, folder: pathlib.Path) -> None:
@@ -100,12 +113,14 @@ def run_transformers(length: int, folder: pathlib.Path) -> None:
 
     # Not from the GGUF file: transformers would keep its weights packed and unpack them in every product.
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    base = base.to(contenders.torch_device())
     extended = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in extended.parameters():
             parameter.mul_(1.001)
     vocab_size = base.config.vocab_size
     tokens_BL = torch.from_numpy(np.random.default_rng(0).integers(vocab_size, size=(1, length)))
+    tokens_BL = tokens_BL.to(contenders.torch_device())
 
     @torch.inference_mode()
     def score():
@@ -116,7 +131,9 @@ def run_transformers(length: int, folder: pathlib.Path) -> None:
             logprob_BL = logit_BL - torch.logsumexp(logits_BLV, dim=-1).float()
             stats.append((logit_BL, logprob_BL))
             del logits_BLV
-        return [after - before for before, after in zip(*stats, strict=True)]
+        changes = [after - before for before, after in zip(*stats, strict=True)]
+        contenders.finish()
+        return changes
 
     before = reset_peak()
     score()
@@ -125,7 +142,7 @@ def run_transformers(length: int, folder: pathlib.Path) -> None:
     contenders.report(
         seconds=time.perf_counter() - start,
         cpu_seconds=time.process_time() - cpu,
-        extra_bytes=resident("VmHWM") - before,
+        extra_bytes=highest() - before,
     )
 
 

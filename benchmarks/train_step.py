@@ -8,6 +8,7 @@ are of the median and of the best step after a warm-up, memory is the process's 
 * `lrjax`: `lrjax.training.loop.make_train_step`, bfloat16 compute, float32 parameters and optimizer state, remat of
   all but attention, as in configs/smollm2_135m.py: on a CPU that costs no time, writing the rest takes as long.
 * `lrjax_float32`: the same, computing in float32.
+* `lrjax_kept`, `lrjax_cudnn`: `lrjax` without remat, and with cuDNN's attention too (GPUs).
 * `torch_float32`, `torch_bfloat16`: `LlamaForCausalLM` with SDPA, eager, torch.optim.AdamW; in bfloat16 the
   parameters and the optimizer state are bfloat16 as well.
 * `flax`: what one writes first: nn.Dense in bfloat16, jax.nn.dot_product_attention, whole logits, optax.
@@ -31,9 +32,10 @@ SHAPE = {
     "tie_embeddings": True,
 }
 NAMES = ["lrjax", "lrjax_float32", "torch_float32", "torch_bfloat16", "flax"]
+OF_GPUS = {"kept": {"remat": "none"}, "cudnn": {"remat": "none", "attention": "cudnn"}}
 
 
-def run_lrjax(length: int, steps: int, dtype: str) -> None:
+def run_lrjax(length: int, steps: int, dtype: str, **changes) -> None:
     import jax
     import jax.numpy as jnp
     import optax
@@ -41,7 +43,7 @@ def run_lrjax(length: int, steps: int, dtype: str) -> None:
     from lrjax.models.llama import LlamaConfig, init_params
     from lrjax.training.loop import make_train_step
 
-    config = LlamaConfig(**SHAPE, dtype=dtype, remat="attention")
+    config = LlamaConfig(**SHAPE, **{"dtype": dtype, "remat": "attention"} | changes)
     optimizer = optax.adamw(1e-5, weight_decay=0.1)
     params = jax.jit(lambda rng: init_params(config, rng))(jax.random.key(0))
     state = {"params": params, "opt_state": jax.jit(optimizer.init)(params)}
@@ -79,14 +81,16 @@ def run_torch(length: int, steps: int, dtype: str) -> None:
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).train()
+    device = contenders.torch_device()
+    model = transformers.LlamaForCausalLM(config).to(device, getattr(torch, dtype)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1)
-    tokens_BL = torch.randint(0, SHAPE["vocab_size"], (1, length))
+    tokens_BL = torch.randint(0, SHAPE["vocab_size"], (1, length), device=device)
 
     def step():
         optimizer.zero_grad()
         model(input_ids=tokens_BL, labels=tokens_BL).loss.backward()
         optimizer.step()
+        contenders.finish()
 
     contenders.report(**contenders.time_steps(step, steps))
 
@@ -199,11 +203,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
     parser.add_argument("--contenders", default=",".join(NAMES), help="names, comma-separated")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
-    parser.add_argument("--contender", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         family, _, dtype = args.contender.partition("_")
-        if family == "lrjax":
+        if family == "lrjax" and dtype in OF_GPUS:
+            run_lrjax(args.length, args.steps, "bfloat16", **OF_GPUS[dtype])
+        elif family == "lrjax":
             run_lrjax(args.length, args.steps, dtype or "bfloat16")
         elif family == "torch":
             run_torch(args.length, args.steps, dtype)
