@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=8192, help="tokens of the one document")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
+    parser.add_argument("--contenders", default=",".join(NAMES), help="names, comma-separated")
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> None:
         convert = [sys.executable, "-m", "lrjax.convert", "smollm2", str(target), "--to=hf"]
         subprocess.run(convert, check=True)
         flags = [f"--length={args.length}", f"--folder={target}"]
-        results = contenders.run("benchmarks.scoring_memory", NAMES, flags)
+        results = contenders.run("benchmarks.scoring_memory", args.contenders.split(","), flags)
     print(f"Scoring a pair of SmolLM2-135M, {args.length} tokens, {contenders.machine()}")
     print(f"{'':16}{'extra GB':>10}{'compiled GB':>13}{'tokens/s':>10}{'a CPU s':>10}")
     for name, result in results.items():

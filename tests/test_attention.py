@@ -335,6 +335,23 @@ def test_the_gpu_kernel_for_a_cache_sees_nothing_where_nothing_is():
     np.testing.assert_array_equal(out, jnp.zeros_like(q))
 
 
+def test_cudnn_gets_an_even_length(monkeypatch):
+    """Its backward pass refuses others (seen on an H100)."""
+    seen = []
+    theirs = jax.nn.dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        seen.append(q.shape[1])
+        return theirs(q, *args, **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    q, k, v, _, _ = make_inputs(2, B=1, L=13)
+    ids = jnp.ones((1, 13), jnp.int32)
+    out = cudnn(q, k, v, ids, ids, implementation="xla")
+    np.testing.assert_allclose(out, reference(q, k, v, ids, ids), atol=2e-5)
+    assert seen == [14]
+
+
 def test_cudnn_serves_rows_of_one_document_and_never_a_wrong_result():
     q, k, v, _, _ = make_inputs(2, B=3, L=12)
     ids = jnp.asarray([[1] * 12, [1] * 8 + [0] * 4, [1] * 6 + [2] * 6])
@@ -349,6 +366,8 @@ def test_what_cannot_be_served_is_refused():
     q, k, v, ids, k_ids = make_inputs(3, L=20, S=40, H=8)
     with pytest.raises(UserError, match=r"'cudnn': 20 queries of 40 keys .*allowed: blockwise"):
         attention(q, k, v, ids, k_ids, implementation="cudnn")
+    with pytest.raises(UserError, match=r"'cudnn': computes in bfloat16, model\.dtype is float32"):
+        cudnn(q, q, q, ids, ids)
     with pytest.raises(UserError, match="'triton': this model has a soft_cap"):
         wide = jnp.zeros((1, 20, 2, 16))
         attention(wide, wide, wide, ids[:1], ids[:1], implementation="triton", soft_cap=1.0)

@@ -193,13 +193,15 @@ def test_a_batch_is_read_row_by_row_where_that_spares_enough(params, prompts, mo
     monkeypatch.setattr(Reader, "side_by_side", spy)
     assert asked(shared=0, own=20)  # on a CPU always
     monkeypatch.setattr(reader, "current", lambda: types.SimpleNamespace(platform="gpu"))
+    assert not asked(shared=280, own=20)  # of so small a model all rows cost as much as one
+    monkeypatch.setattr(reader, "LAUNCHES", 0)
     assert asked(shared=280, own=20)
     assert not asked(shared=100, own=10)  # few tokens
     assert not asked(shared=280, own=600)  # a fifth
     # Of a mesh whose 4 parts would have a row each, all read all rows.
     ordered = [np.r_[np.arange(300), own] for own in (7, 8, 9, 10)]
-    assert reader._worth_sharing(ordered, shards=1)
-    assert not reader._worth_sharing(ordered, shards=4)
+    assert reader._worth_sharing(ordered, cost=1)
+    assert not reader._worth_sharing(ordered, cost=4)
 
 
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):

@@ -62,7 +62,9 @@ def get_config(variant: str = ""):
     target = 1024 * int(window[:-1])
     config.target_length, config.train_length = target, round(0.3 * target)
     config.data.samples = {"16k": 48, "32k": 30}[window]  # all that the text makes
-    config.extend.update(steps=round(TOKENS / config.train_length), warmup_steps=10, log_every=5)
+    config.extend.update(
+        steps=round(TOKENS / config.train_length), warmup_steps=10, log_every=5, checkpoint_every=25
+    )
     config.methods = {name: METHODS[name].copy_and_resolve_references()}
     config.method = name
     if METHODS[name].selection.startswith("anchor"):
@@ -78,7 +80,10 @@ def get_config(variant: str = ""):
         "longrecipe": (name, "replayed", "merged"),
     }.get(name, (name,))
     config.evaluate.niah.update(
-        lengths=(8192, target), depths=(0.0, 0.25, 0.5, 0.75, 1.0), samples_per_cell=3
+        lengths=(8192, target),
+        depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+        samples_per_cell=3,
+        batch_size=5,
     )
     buckets = [size for size in (2048, 4096, 8192, 12288, 16384, 24576, 32768) if size <= target]
     config.evaluate.perplexity.update(length=target, documents=4, buckets=tuple(buckets))

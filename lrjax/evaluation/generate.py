@@ -27,9 +27,12 @@ from lrjax.evaluation import decoding
 from lrjax.models.cache import init_cache
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
+from lrjax.sharding import current
 
 PREFILL_CHUNK = 512
-GRANULE = 128  # lengths are rounded up to multiples of it, so that few shapes are compiled
+# Lengths are rounded up to multiples of it, so that few shapes are compiled: to whole chunks on an accelerator, where a
+# program takes seconds to compile.
+GRANULE = {"cpu": 128}
 
 
 def generate(
@@ -184,7 +187,7 @@ def prefill(
         raise UserError(f"prefill: chunk is {chunk}, room is {room}; allowed: 1 and more")
     rows, width = _padded(config, prompts, "prompt", chunk, positions)
     params = decoding.ready(config, params)
-    cache_length = _round_up(width + room, min(chunk, GRANULE))
+    cache_length = _round_up(width + room, granule(chunk))
     cache = new_cache(config, params, len(prompts), cache_length)
     last_BD, cache = _read_all(config, params, cache, rows, chunk)
     return Prefilled(config, params, cache, last_BD, rows[1][:, -1] + 1, cache_length - width)
@@ -240,7 +243,7 @@ def _padded(config, sequences, what, chunk, positions):
         positions = [np.arange(length) for length in lengths]
     elif [len(each) for each in positions] != lengths:
         raise UserError(f"positions: lengths {[len(p) for p in positions]}, {what}s {lengths}")
-    width = _round_up(max(lengths), min(chunk, GRANULE))
+    width = _round_up(max(lengths), granule(chunk))
     rows = np.zeros((3, len(sequences), width), np.int32)
     for row, (tokens, places) in enumerate(zip(sequences, positions, strict=True)):
         rows[0, row, width - len(tokens) :] = tokens
@@ -277,6 +280,11 @@ def _score(config, params, cache, last_BD, targets_BA, positions_BA, segment_ids
         answer_BAD, _ = Llama(config).apply({"params": params}, *inputs, cache)
         x_BAD = jnp.concatenate([x_BAD, answer_BAD], axis=1)
     return token_stats(params, x_BAD, targets_BA)
+
+
+def granule(chunk: int) -> int:
+    """What lengths of prompts and caches are rounded up to multiples of."""
+    return min(chunk, GRANULE.get(current().platform, PREFILL_CHUNK))
 
 
 def _round_up(number: int, multiple: int) -> int:
