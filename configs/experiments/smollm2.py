@@ -28,6 +28,9 @@ METHODS = {
     "longrecipe_spread": method("anchor_spread", "longrecipe"),
     "longrecipe_code": method("anchor", "longrecipe_code"),
     "longrecipe_random": method("random", "longrecipe"),
+    # What LongRecipe costs or brings by its text alone, and by its gaps alone.
+    "anchor_contiguous": method("anchor", "contiguous"),
+    "first_longrecipe": method("first", "longrecipe"),
 }
 ARMS = tuple(f"{window}-{name}" for window in WINDOWS for name in METHODS)
 
@@ -44,6 +47,8 @@ CLAIMS = tuple(
         ("Half of the examples contiguous is better than none", "longrecipe_mixed", "longrecipe"),
         ("Anchors from everywhere are better than the first ones", "longrecipe_spread", "longrecipe"),
         ("The paper's positions are better than its code's", "longrecipe", "longrecipe_code"),
+        ("LongRecipe's positions are better than none on its text", "longrecipe", "anchor_contiguous"),
+        ("LongRecipe's text is better than plain text at its positions", "longrecipe", "first_longrecipe"),
     )
 )  # fmt: skip
 
