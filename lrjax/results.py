@@ -48,8 +48,9 @@ Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of
 - **Claims** are judged by the 95 % interval of the paired difference, seed by seed: *confirmed* where all of it is on
   the side of the claim, *refuted* where all of it is on the other, else *not separable here*. That two rows are alike
   (a margin is named) is confirmed where all of the interval is within the margin, refuted where all is outside. p is
-  Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625). Nothing is corrected for
-  the number of claims.
+  Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625); where a
+  few seeds all differ by the same number, the interval has no width and that test decides. Nothing is corrected for the
+  number of claims.
 - A seed is a base of its own with documents of its own; all methods of a seed share its base. (SmolLM2's rows all
   start from the published weights, and a seed is the order of the text, the positions and the needles alone: intervals
   over its seeds say nothing of other models or texts.)

@@ -361,6 +361,26 @@ def test_verdicts(interval, sign, margin, expected):
     assert findings.verdict(interval, sign, margin) == expected
 
 
+@pytest.mark.parametrize(
+    ("seeds", "margin", "verdict"),
+    [
+        (2, None, "not separable here (2 equal differences)"),
+        (5, None, "not separable here (5 equal differences)"),
+        (6, None, "confirmed"),  # 2 of 2^6 signs
+        (2, 0.1, "confirmed"),  # that they are alike
+    ],
+)
+def test_equal_differences_of_a_few_seeds_prove_nothing(seeds, margin, verdict):
+    """One needle of fifteen more in each of two seeds: Student's interval is a point."""
+    rows = {
+        name: {"needles": {"8": {"0.5": [found, 15]}}} for name, found in (("new", 8), ("old", 7))
+    }
+    runs = [{"arm": "a", "seed": seed, "target": 8, "rows": rows} for seed in range(seeds)]
+    claim = {"better": "new", "worse": "old", "measure": "needles", "margin": margin}
+    found = findings.compare({"arms": ["a"], "runs": runs}, claim)
+    assert found["verdict"] == verdict and found["count"] == seeds
+
+
 def test_a_claim_may_be_about_two_arms():
     def run(arm, seed, found):
         row = {"needles": {"512": {"0.5": [found, 80]}}}
