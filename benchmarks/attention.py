@@ -6,8 +6,7 @@
 
 SmolLM2-135M's heads (9 of 64 numbers, 3 key heads; torch gets them repeated), one row, forward alone and with the
 gradients of queries, keys and values. Milliseconds, best of 5 calls after one to compile (on a GPU of 5 times 10 calls
-that are waited for together); each contender in a process of its own. With --queries forward alone; torch, which has
-causal masks for as many queries as keys alone, gets the mask written out.
+that are waited for together); each contender in a process of its own. With --queries forward alone.
 """
 
 import argparse
@@ -55,6 +54,7 @@ def with_lrjax(dtype: str, length: int, queries: int | None, implementation: str
 
 def with_torch(dtype: str, length: int, queries: int | None):
     import torch
+    import torch.nn.attention.bias
 
     settings = {"dtype": getattr(torch, dtype), "device": contenders.torch_device()}
     q, k, v = (torch.randn((1, HEADS, length, WIDTH), **settings) for _ in range(3))
@@ -62,8 +62,7 @@ def with_torch(dtype: str, length: int, queries: int | None):
     masked = {"is_causal": True}
     if queries:
         q = q[:, :, -queries:]
-        seen = torch.ones(queries, length, dtype=torch.bool, device=settings["device"])
-        masked = {"attn_mask": seen.tril(length - queries)}
+        masked = {"attn_mask": torch.nn.attention.bias.causal_lower_right(queries, length)}
 
     def forward(count):
         with torch.no_grad():

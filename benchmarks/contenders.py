@@ -6,8 +6,8 @@ starts `python -m benchmarks.train_step --contender=NAME --length=2048` for each
 `report(seconds=..., ...)`, whose values come back together with the process's peak of resident memory. So no
 contender inherits another's memory, threads or compiled code.
 
-With JAX_PLATFORMS=cuda every contender, torch's too, runs on the first GPU, and memory is the device's that its arrays
-took at the most.
+On the CPU, unless JAX_PLATFORMS says otherwise: with cuda every contender, torch's too, runs on the first GPU, and
+memory is what its arrays and its libraries' scratch space took of the device at the most.
 """
 
 import json
@@ -27,7 +27,9 @@ def run(module: str, names: list[str], flags: list[str]) -> dict[str, dict]:
     results = {}
     for name in names:
         command = [sys.executable, "-m", module, f"--contender={name}", *flags]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, env={"JAX_PLATFORMS": "cpu"} | os.environ
+        )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
         if done.returncode or not lines:
             results[name] = {"error": f"exit code {done.returncode}"}
@@ -38,7 +40,7 @@ def run(module: str, names: list[str], flags: list[str]) -> dict[str, dict]:
 
 
 def report(**values) -> None:
-    """Ends a contender: its values and its peak resident memory go to the process that started it."""
+    """Ends a contender: its values and its peak of memory go to the process that started it."""
     values["peak_bytes"] = peak_bytes()
     print(_MARK + json.dumps(values))
 

@@ -4,7 +4,7 @@
 
 Every contender runs in a process of its own with both models loaded. "Extra" is the highest resident memory during
 scoring less the resident memory before it (Linux: VmHWM, reset through /proc/self/clear_refs), compilation included,
-or with JAX_PLATFORMS=cuda the GPU's, in arrays;
+or with JAX_PLATFORMS=cuda the GPU's (of JAX with what loading the models took beyond them, if that was more);
 "compiled" is what the compiler says its program needs beside its arguments.
 
 * `lrjax`: `lrjax.longrecipe.scoring.make_scorer`, which holds the logits of a chunk of tokens at a time.

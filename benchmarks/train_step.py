@@ -203,7 +203,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
     parser.add_argument("--contenders", default=",".join(NAMES), help="names, comma-separated")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    known = [*NAMES, *(f"lrjax_{name}" for name in OF_GPUS)]
+    parser.add_argument("--contender", choices=known, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         family, _, dtype = args.contender.partition("_")

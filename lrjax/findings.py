@@ -109,11 +109,15 @@ def compare(results: Mapping, claim: Mapping) -> dict | None:
         return None
     found = paired(*pairs)
     sign = 1 if claim["measure"] == "needles" else -1
-    equal = found["interval"] and np.ptp(found["interval"]) < _NO_WIDTH
-    if equal and claim.get("margin") is None and found["p_sign"] > ALPHA:
+    if equal(found) and (claim.get("margin") is not None or found["p_sign"] > ALPHA):
         # Of few seeds that all differ by the same number (by one needle, say) Student's interval has no width.
         return found | {"verdict": f"not separable here ({found['count']} equal differences)"}
     return found | {"verdict": verdict(found["interval"], sign, claim.get("margin"))}
+
+
+def equal(found: Mapping) -> bool:
+    """Whether all differences of a comparison are the same number: its interval has no width."""
+    return found["interval"] is not None and np.ptp(found["interval"]) < _NO_WIDTH
 
 
 def verdict(interval: Sequence[float] | None, sign: int = 1, margin: float | None = None) -> str:

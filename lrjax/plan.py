@@ -97,9 +97,13 @@ def _plan_step(config, mesh, chip, name) -> dict:
     if implementation == "auto":
         keys = config.target_length if name == "prefill" else program.length
         offset = 0 if name != "prefill" else None
+        window = program.model.sliding_window
+        if program.model.sliding_layers is not None:  # of some layers: traced
+            window = jax.numpy.int32(window)
         implementation = attention.choose(
             program.length, keys, offset, program.model.context_parallel,
-            head_dim=program.model.head_dim,
+            head_dim=program.model.head_dim, dtype=program.model.dtype,
+            window=window, soft_cap=program.model.attention_soft_cap,
         )  # fmt: skip
     counted = estimate.flops(program, implementation, train=train)
     step = {

@@ -48,9 +48,9 @@ Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of
 - **Claims** are judged by the 95 % interval of the paired difference, seed by seed: *confirmed* where all of it is on
   the side of the claim, *refuted* where all of it is on the other, else *not separable here*. That two rows are alike
   (a margin is named) is confirmed where all of the interval is within the margin, refuted where all is outside. p is
-  Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625); where a
-  few seeds all differ by the same number, the interval has no width and that test decides. Nothing is corrected for the
-  number of claims.
+  Student's paired test and the exact test of signs (with 5 seeds it cannot be below 0.0625); where the seeds all differ
+  by the same number, the interval has no width: then that test decides, and nothing of a margin. Nothing is corrected
+  for the number of claims.
 - A seed is a base of its own with documents of its own; all methods of a seed share its base. (SmolLM2's rows all
   start from the published weights, and a seed is the order of the text, the positions and the needles alone: intervals
   over its seeds say nothing of other models or texts.)
@@ -217,7 +217,8 @@ def _claims(results) -> list[str]:
         found = findings.compare(results, claim)
         if found is None:
             continue
-        p_values = f"{found['p_t']:.3f}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
+        p_t = "-" if findings.equal(found) else f"{found['p_t']:.3f}"
+        p_values = f"{p_t}; {found['p_sign']:.3f}" if found["count"] > 1 else ""
         second = ""
         if claim["measure"] == "needles" and "margin" not in claim:
             nats = findings.compare(results, claim | {"measure": "answer_nll"})

@@ -161,6 +161,16 @@ def test_gpu_kernels_split_over_devices_are_one_device(implementation):
             np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "cudnn"])
+def test_gpu_kernels_want_the_sequence_whole(implementation):
+    q, k, v, ids, _ = make_inputs(6, L=512, H=16)
+    with (
+        sharding.layout(sharding.make_mesh({"context": 2})),
+        pytest.raises(UserError, match="wants the sequence whole"),
+    ):
+        attention(q, k, v, ids, ids, implementation=implementation)
+
+
 @pytest.mark.parametrize("kinds", [{"window": 5}, {"window": 21}, {"soft_cap": 1.5, "scale": 0.8}])
 def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, kinds):
     def with_kinds(kernel):
@@ -371,7 +381,9 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(UserError, match="'triton': this model has a soft_cap"):
         wide = jnp.zeros((1, 20, 2, 16))
         attention(wide, wide, wide, ids[:1], ids[:1], implementation="triton", soft_cap=1.0)
-    with pytest.raises(UserError, match="'triton': head_dim 8; allowed: powers of two, 16"):
+    with pytest.raises(
+        UserError, match="'triton': head_dim 8 in float32; allowed: powers of two, 16"
+    ):
         attention(q, q, q, ids, ids, implementation="triton")
     with pytest.raises(UserError, match="window is fixed when it is compiled"):
         jax.jit(lambda w: attention(q, k, v, ids, k_ids, implementation="splash", window=w))(4)
@@ -386,6 +398,9 @@ def test_what_cannot_be_served_is_refused():
         ("gpu", {"window": 5}, "blockwise"),
         ("gpu", {"window": 5, "q_offset": None}, "triton"),  # after a cache
         ("gpu", {"head_dim": 96}, "blockwise"),
+        ("gpu", {"head_dim": 256}, "triton"),
+        ("gpu", {"head_dim": 256, "dtype": jnp.float32}, "blockwise"),
+        ("gpu", {"q_offset": 5}, "triton"),  # a cache as long as the queries
     ],
 )
 def test_auto_takes_what_the_platform_has(monkeypatch, platform, keywords, choice):

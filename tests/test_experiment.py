@@ -367,7 +367,7 @@ def test_verdicts(interval, sign, margin, expected):
         (2, None, "not separable here (2 equal differences)"),
         (5, None, "not separable here (5 equal differences)"),
         (6, None, "confirmed"),  # 2 of 2^6 signs
-        (2, 0.1, "confirmed"),  # that they are alike
+        (6, 0.1, "not separable here (6 equal differences)"),  # nor how alike they are
     ],
 )
 def test_equal_differences_of_a_few_seeds_prove_nothing(seeds, margin, verdict):

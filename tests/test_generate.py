@@ -1,15 +1,18 @@
 """Generation must not depend on how it is computed: chunks, batches and padding change nothing."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from lrjax.errors import UserError
-from lrjax.evaluation.generate import generate, prefill
+from lrjax.evaluation import generate as generate_module
+from lrjax.evaluation.generate import generate, granule, prefill
 from lrjax.models.head import logits
 from lrjax.models.llama import Llama, LlamaConfig, init_params
+from lrjax.models.rope import RopeScaling
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -169,3 +172,15 @@ def test_prefill_refuses_more_tokens_than_it_left_room_for(params, prompts):
     with pytest.raises(UserError, match="left room for"):
         filled.generate(filled.room + 1)
     assert len(filled.generate(filled.room)[0]) == filled.room
+
+
+@pytest.mark.parametrize(("platform", "steps"), [("cpu", 128), ("gpu", 512), ("tpu", 512)])
+def test_lengths_are_rounded_to_fewer_shapes_on_accelerators(monkeypatch, platform, steps):
+    """But for encodings that go by the length of the cache: the answers would be others than on a CPU."""
+    monkeypatch.setattr(
+        generate_module, "current", lambda: types.SimpleNamespace(platform=platform)
+    )
+    assert granule(CONFIG, 512) == granule(CONFIG, 2048) == steps
+    assert granule(CONFIG, 64) == 64
+    dynamic = RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=64)
+    assert granule(dataclasses.replace(CONFIG, rope_scaling=dynamic), 512) == 128

@@ -200,8 +200,14 @@ def test_a_batch_is_read_row_by_row_where_that_spares_enough(params, prompts, mo
     assert not asked(shared=280, own=600)  # a fifth
     # Of a mesh whose 4 parts would have a row each, all read all rows.
     ordered = [np.r_[np.arange(300), own] for own in (7, 8, 9, 10)]
-    assert reader._worth_sharing(ordered, cost=1)
-    assert not reader._worth_sharing(ordered, cost=4)
+    assert reader._worth_sharing(ordered, shards=1, launch=0)
+    assert not reader._worth_sharing(ordered, shards=4, launch=0)
+    # A long text and a few questions, of a small model on a GPU: worth it for few rows, not for many short ones.
+    ordered = [np.r_[np.zeros(15_000), np.full(1000, row)] for row in range(1, 6)]
+    assert reader._worth_sharing(ordered, shards=1, launch=6100)
+    ordered = [np.r_[np.zeros(400), np.full(200, row)] for row in range(1, 33)]
+    assert reader._worth_sharing(ordered, shards=1, launch=0)
+    assert not reader._worth_sharing(ordered, shards=1, launch=6100)
 
 
 def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):

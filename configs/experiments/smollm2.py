@@ -6,10 +6,10 @@ The main rows of configs/smollm2_135m.py (`make showcase`) at thirteen times its
 published weights with the same raised RoPE base and sees as many tokens of the King James Bible (selections of its
 books, about twice over); needles are hidden in essays, 15 for each length. `longrecipe_spread` takes its anchor
 sentences from everywhere, because nearly every sentence of this text is one (docs/analysis.md); in `longrecipe_mixed`
-half of the examples are the start of a sample at contiguous positions. A run is one method (at 16k one to two minutes on
-an H100 with four others beside it, `--processes=5`; two hours and more of a CPU core), so that the rows of a table can be
-left over night in pieces or made on several machines: `--arms=16k-pose,16k-longrecipe` makes two, `--keep` leaves those
-that are there.
+half of the examples are the start of a sample at contiguous positions. A run is one method (at 16k one to two minutes
+on an H100 with four others beside it, `--processes=5`; two hours and more of a CPU core), so that the rows of a table
+can be left over night in pieces or made on several machines: `--arms=16k-pose,16k-longrecipe` makes two, `--keep`
+leaves those that are there.
 """
 
 from configs import smollm2_135m

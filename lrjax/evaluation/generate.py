@@ -30,9 +30,9 @@ from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.sharding import current
 
 PREFILL_CHUNK = 512
-# Lengths are rounded up to multiples of it, so that few shapes are compiled: to whole chunks on an accelerator, where a
-# program takes seconds to compile.
-GRANULE = {"cpu": 128}
+# Lengths are rounded up to multiples of it, so that few shapes are compiled; on an accelerator, where a program takes
+# seconds to compile, to the larger one.
+GRANULE, ACCELERATOR_GRANULE = 128, 512
 
 
 def generate(
@@ -187,7 +187,7 @@ def prefill(
         raise UserError(f"prefill: chunk is {chunk}, room is {room}; allowed: 1 and more")
     rows, width = _padded(config, prompts, "prompt", chunk, positions)
     params = decoding.ready(config, params)
-    cache_length = _round_up(width + room, granule(chunk))
+    cache_length = _round_up(width + room, granule(config, chunk))
     cache = new_cache(config, params, len(prompts), cache_length)
     last_BD, cache = _read_all(config, params, cache, rows, chunk)
     return Prefilled(config, params, cache, last_BD, rows[1][:, -1] + 1, cache_length - width)
@@ -243,7 +243,7 @@ def _padded(config, sequences, what, chunk, positions):
         positions = [np.arange(length) for length in lengths]
     elif [len(each) for each in positions] != lengths:
         raise UserError(f"positions: lengths {[len(p) for p in positions]}, {what}s {lengths}")
-    width = _round_up(max(lengths), granule(chunk))
+    width = _round_up(max(lengths), granule(config, chunk))
     rows = np.zeros((3, len(sequences), width), np.int32)
     for row, (tokens, places) in enumerate(zip(sequences, positions, strict=True)):
         rows[0, row, width - len(tokens) :] = tokens
@@ -282,9 +282,11 @@ def _score(config, params, cache, last_BD, targets_BA, positions_BA, segment_ids
     return token_stats(params, x_BAD, targets_BA)
 
 
-def granule(chunk: int) -> int:
-    """What lengths of prompts and caches are rounded up to multiples of."""
-    return min(chunk, GRANULE.get(current().platform, PREFILL_CHUNK))
+def granule(config: LlamaConfig, chunk: int) -> int:
+    """What lengths of prompts and caches are rounded up to multiples of. Where the encoding goes by a cache's length it
+    is the same on every platform, and so are the answers."""
+    coarse = current().platform != "cpu" and not config.rope_scaling.by_length
+    return min(chunk, ACCELERATOR_GRANULE if coarse else GRANULE)
 
 
 def _round_up(number: int, multiple: int) -> int:

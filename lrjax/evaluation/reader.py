@@ -20,6 +20,7 @@ import numpy as np
 from lrjax.errors import UserError
 from lrjax.evaluation import decoding
 from lrjax.evaluation.generate import (
+    PREFILL_CHUNK,
     Prefilled,
     check_tokens,
     granule,
@@ -34,9 +35,9 @@ SHORT_CHUNK = 64  # what is left over is read in quarters of a chunk, then in sh
 # An accelerator reads a batch row by row where its prompts share so many tokens with the one before, on average, and
 # that spares such a part of the reading.
 FEWEST_SHARED, WORTH_SHARING = 256, 1 / 3
-# Of a row alone it waits for the launches: an H100 reads 16,000 tokens of SmolLM2-135M at 73 a ms, 32 x 8,000 at 371.
-# So a chunk of one row costs it as much as if the model had so many parameters more.
-LAUNCHES = 5.4e8
+# A GPU launches a chunk's kernels one by one, which takes as long as multiplying a token with so many parameters: by an
+# H100, which read 16,000 tokens of SmolLM2-135M in 0.22 s (16 chunks) and 32 x 8,000 in 0.69 (16 of all rows).
+LAUNCHES = 8.2e11
 
 
 class Reader:
@@ -55,7 +56,8 @@ class Reader:
         self._widths = chunk, max(chunk // 4, SHORT_CHUNK), SHORT_CHUNK
         # The last chunk is written whole, less than a short one of padding too; or a chunk that is shorter than that.
         padding = min(chunk, SHORT_CHUNK)
-        size = math.ceil((max_length + padding) / granule(chunk)) * granule(chunk)
+        step = granule(config, chunk)
+        size = math.ceil((max_length + padding) / step) * step
         self._cache = new_cache(config, self.params, 1, size)
         self._tokens = np.zeros(0, np.int32)  # what the cache holds
         self.tokens_read = 0  # by the model, in all: what sharing saves is the rest
@@ -108,7 +110,8 @@ class Reader:
         # Encodings that go by the length of the cache have to find the one that the prompts were read into; and of
         # one that is split over a mesh no part is cut off.
         if not self.config.rope_scaling.by_length and decoding.mesh_of(self.params) is None:
-            size = min(size, math.ceil((width + room) / granule(size)) * granule(size))
+            step = granule(self.config, PREFILL_CHUNK)
+            size = min(size, math.ceil((width + room) / step) * step)
         rows = new_cache(self.config, self.params, len(prompts), size)
         windowed = self.config.sliding_window is not None
         last_BD = []
@@ -235,18 +238,23 @@ def _row_shards(params, rows: int) -> int:
 def _row_by_row(ordered: Sequence[np.ndarray], params) -> bool:
     """Whether to read a batch row by row: on a CPU, which a row alone keeps busy, and where that is worth it."""
     shards = _row_shards(params, len(ordered))
-    if current().platform == "cpu" and shards == 1:
+    platform = current().platform
+    if platform == "cpu" and shards == 1:
         return True
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return _worth_sharing(ordered, shards * (1 + LAUNCHES / size))
+    return _worth_sharing(ordered, shards, LAUNCHES / size if platform == "gpu" else 0)
 
 
-def _worth_sharing(ordered: Sequence[np.ndarray], cost: float) -> bool:
-    """Whether to read a batch row by row, a token at `cost` times what it costs where the rows are read at once.
+def _worth_sharing(ordered: Sequence[np.ndarray], shards: int, launch: float) -> bool:
+    """Whether to read a batch row by row, each of `shards` parts of a mesh every row, where it could share them.
 
-    Not for a few tokens: a batch that is read at once keeps an accelerator busier.
+    A chunk of any number of rows costs `launch` tokens beside its own. Not for a few tokens: a batch that is read at
+    once keeps an accelerator busier.
     """
     total = sum(map(len, ordered))
     again = sum(shared_length(a, b) for a, b in itertools.pairwise(ordered))
     enough = again >= FEWEST_SHARED * (len(ordered) - 1)
-    return enough and (total - again) * cost <= (1 - WORTH_SHARING) * total
+    own = total - again
+    row_by_row = (own / CHUNK + len(ordered)) * launch + own * shards
+    at_once = max(map(len, ordered)) / PREFILL_CHUNK * launch + total
+    return enough and row_by_row <= (1 - WORTH_SHARING) * at_once

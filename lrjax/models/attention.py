@@ -92,12 +92,18 @@ def attention(
             window=window,
             soft_cap=soft_cap,
             head_dim=q_BLNH.shape[3],
+            dtype=q_BLNH.dtype,
         )
     here = sharding.current()
-    own_keys = L == S and isinstance(q_offset, int)  # no cache: the sequence is split, if it is
+    own_keys = context.own_keys(L, S, q_offset)  # no cache: the sequence is split, if it is
     shared = own_keys and here.size("length") > 1
     if shared:
         context.check_length(L, implementation, context_parallel)
+    if shared and implementation in ("triton", "cudnn") and context_parallel != "ulysses":
+        raise UserError(
+            f"model.attention {implementation!r}: wants the sequence whole, model.context_parallel is "
+            f"{context_parallel!r}; allowed: blockwise, or model.context_parallel=ulysses"
+        )
     kernel = functools.partial(
         _kernel(implementation, here.platform, block), window=window, soft_cap=soft_cap, scale=scale
     )
@@ -239,19 +245,20 @@ def choose(
     context_parallel="gather",
     *,
     head_dim: int,
+    dtype=jnp.bfloat16,
     window=None,
     soft_cap=None,
 ) -> str:
     """What `auto` stands for: an implementation that serves the request on the current layout's platform."""
     platform = sharding.current().platform
     n = context.devices_along_length()
-    own_keys = L == S and isinstance(q_offset, int)
+    own_keys = context.own_keys(L, S, q_offset)
     ring = n > 1 and own_keys and context_parallel == "ring"
     if (L <= FEW_QUERIES or L * S <= SHORT_SCORES or (n > 1 and not own_keys)) and not ring:
         choice = "reference"
     elif platform == "tpu" and not isinstance(window, jax.Array):
         choice = "splash"
-    elif platform == "gpu" and gpu_attention.serves_width(head_dim):
+    elif platform == "gpu" and gpu_attention.serves_width(head_dim, dtype):
         whole = n == 1 or (own_keys and context_parallel == "ulysses")
         trains = window is None and soft_cap is None
         choice = "triton" if whole and (trains or not own_keys) else "blockwise"

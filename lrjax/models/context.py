@@ -34,6 +34,11 @@ def devices_along_length() -> int:
     return sharding.current().size("length")
 
 
+def own_keys(L: int, S: int, q_offset) -> bool:
+    """Whether L queries have S keys that are their own: no cache goes before them."""
+    return L == S and isinstance(q_offset, int) and q_offset == 0
+
+
 def length_multiple(implementation: str, context_parallel: str) -> int:
     """What a length has to be a multiple of on the current layout: chunks of whole blocks."""
     n = devices_along_length()
@@ -91,8 +96,7 @@ def split_attention(
         raise UserError(
             f"config.mesh.tensor {tensor} does not divide the {N} heads and {K} key heads of the model"
         )
-    with_cache = k_BSKH.shape[1] != q_BLNH.shape[1] or not isinstance(q_offset, int)
-    length = None if with_cache else "length"
+    length = "length" if own_keys(q_BLNH.shape[1], k_BSKH.shape[1], q_offset) else None
     if length and n > 1 and context_parallel == "ulysses" and (K // tensor) % n:
         raise UserError(
             f"model.context_parallel 'ulysses': config.mesh.context {n} does not divide the {K // tensor} key heads "

@@ -1,6 +1,6 @@
 """Attention on NVIDIA GPUs: cuDNN through `jax.nn`, Pallas-Triton kernels: JAX's to train, one of ours to read prompts.
 
-All want the sequence whole (context parallelism: ulysses). cuDNN and JAX's kernel want queries that are the keys' own;
+cuDNN and JAX's kernel want the sequence whole (context parallelism: ulysses), and queries that are the keys' own;
 `after_cache` is for queries that a cache goes before, has windows and soft caps too, and no gradients.
 """
 
@@ -14,11 +14,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lrjax.errors import UserError
+from lrjax.models.context import own_keys
 
 # Queries and keys at a time, on an H100 the fastest of those tried: with gradients 0.62 ms for 9 heads of 64 and 4,992
 # tokens, 1.08 with the blocks that JAX's kernel has by itself (128, backwards 32).
 TRITON_BLOCK = 64
-CACHE_BLOCKS = 64, 64  # of `after_cache`
+CACHE_BLOCKS = (
+    64,
+    64,
+)  # of `after_cache`: 0.58 ms for 1,024 queries of 16,384 keys, of others 0.54 to 0.99
+WIDEST = (
+    512  # bytes of a head: with 1,024 the compiler for an H100 finds its shared memory too small
+)
 _LOG2_E = math.log2(math.e)
 _LOW = -1e30  # below every score, yet finite: where nothing is seen nothing is NaN
 
@@ -32,11 +39,12 @@ def triton(
     With queries that a cache goes before, `after_cache`.
     """
     L, N, H = q_BLNH.shape[1:]
-    if not serves_width(H):
+    if not serves_width(H, q_BLNH.dtype):
         raise UserError(
-            f"model.attention 'triton': head_dim {H}; allowed: powers of two, 16 and more"
+            f"model.attention 'triton': head_dim {H} in {q_BLNH.dtype}; allowed: powers of two, 16 and more, to "
+            f"{WIDEST} bytes"
         )
-    if k_BSKH.shape[1] != L or not isinstance(q_offset, int):
+    if not own_keys(L, k_BSKH.shape[1], q_offset):
         return after_cache(
             q_BLNH, k_BSKH, v_BSKH, q_seg_BL, k_seg_BS, q_offset,
             window=window, soft_cap=soft_cap, scale=scale, interpret=interpret,
@@ -63,9 +71,10 @@ def triton(
     return out_BLNH[:, :L].astype(q_BLNH.dtype)
 
 
-def serves_width(head_dim: int) -> bool:
-    """Whether the Triton kernels have heads so wide."""
-    return head_dim >= 16 and not head_dim & (head_dim - 1)
+def serves_width(head_dim: int, dtype) -> bool:
+    """Whether the Triton kernels have heads so wide: in whole tiles, and blocks of them in an H100's shared memory."""
+    fits = head_dim * jnp.dtype(dtype).itemsize <= WIDEST
+    return head_dim >= 16 and not head_dim & (head_dim - 1) and fits
 
 
 def after_cache(
@@ -200,7 +209,7 @@ def cudnn(
 
 
 def _check(name, q_BLNH, k_BSKH, q_offset, **unserved) -> None:
-    if q_BLNH.shape[1] != k_BSKH.shape[1] or not isinstance(q_offset, int):
+    if not own_keys(q_BLNH.shape[1], k_BSKH.shape[1], q_offset):
         raise UserError(
             f"model.attention {name!r}: {q_BLNH.shape[1]} queries of {k_BSKH.shape[1]} keys (a cache, or a gathered "
             "context); allowed: blockwise, or model.context_parallel=ulysses"

@@ -8,6 +8,7 @@ usual.
 from lrjax.models.blockwise import KEY_BLOCK
 from lrjax.models.context import devices_along_length
 from lrjax.models.flops import forward_flops, matmul_parameters
+from lrjax.models.gpu_attention import TRITON_BLOCK
 from lrjax.models.splash import block_size
 from lrjax.planning.chips import Chip
 from lrjax.planning.counting import attention_flops, dot_flops
@@ -29,8 +30,10 @@ def flops(program, implementation: str, *, train: bool) -> dict:
     devices = devices_along_length()
     chunk = L // (2 * devices) if c.context_parallel == "ring" and devices > 1 else L
     block = min(KEY_BLOCK, chunk)
-    if implementation in ("splash", "triton"):
+    if implementation == "splash":
         block = block_size(chunk, c.attention_block)
+    elif implementation == "triton":
+        block = TRITON_BLOCK
     blocks = (block, block) if implementation != "reference" else (L, L)
     executed = dot_flops(program.traced.jaxpr.jaxpr)
     if implementation != "reference":  # whose products the jaxpr has
