@@ -19,13 +19,9 @@ from lrjax.models.context import own_keys
 # Queries and keys at a time, on an H100 the fastest of those tried: with gradients 0.62 ms for 9 heads of 64 and 4,992
 # tokens, 1.08 with the blocks that JAX's kernel has by itself (128, backwards 32).
 TRITON_BLOCK = 64
-CACHE_BLOCKS = (
-    64,
-    64,
-)  # of `after_cache`: 0.58 ms for 1,024 queries of 16,384 keys, of others 0.54 to 0.99
-WIDEST = (
-    512  # bytes of a head: with 1,024 the compiler for an H100 finds its shared memory too small
-)
+# Of `after_cache`: 0.58 ms for 1,024 queries of 16,384 keys, other blocks 0.54 to 0.99.
+CACHE_BLOCKS = 64, 64
+WIDEST = 512  # bytes of a head; with 1,024 an H100 has too little shared memory for its blocks
 _LOG2_E = math.log2(math.e)
 _LOW = -1e30  # below every score, yet finite: where nothing is seen nothing is NaN
 
