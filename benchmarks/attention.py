@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
+    if args.queries is not None and not 0 < args.queries < min(lengths):
+        parser.error(f"--queries={args.queries}: allowed: 1 to less than the shortest of --lengths")
     if args.contender:
         run(args.contender, lengths, args.queries)
         return
