@@ -79,9 +79,7 @@ def select(
     if method not in METHODS:
         raise UserError(f"selection method {method!r}; allowed: {', '.join(METHODS)}")
     starts_S = np.cumsum(lengths_S) - lengths_S
-    count = len(lengths_S)
-
-    total = lengths_S.sum()
+    count, total = len(lengths_S), lengths_S.sum()
 
     def checked(values_L, name):
         if values_L is None:
@@ -102,18 +100,27 @@ def select(
         return np.maximum.reduceat(checked(values_L, name), starts_S)
 
     def holds_any(mask_L, name):
-        """Whether the first marked token from a sentence's start on lies in it: faster than to reduce all tokens."""
-        marked = np.append(np.flatnonzero(checked(mask_L, name)), total)
-        return marked[np.searchsorted(marked, starts_S)] < starts_S + lengths_S
+        """Whether a token of the sentence is marked. Few marks are looked up: faster than to reduce all tokens."""
+        marks = np.flatnonzero(checked(mask_L, name))
+        if len(marks) > count:
+            return np.logical_or.reduceat(mask_L, starts_S)
+        found_S = np.zeros(count, bool)
+        found_S[np.searchsorted(starts_S, marks, side="right") - 1] = True
+        return found_S
 
-    wanted_S = np.ones(count, bool)
-    if method.startswith("anchor"):
-        wanted_S = holds_any(anchor_mask_L, "anchor_mask_L")
-        order = _wanted_first(wanted_S, rng, shuffle_wanted=method == "anchor_spread")
-    elif method == "digits":
-        wanted_S = holds_any(digit_mask_L, "digit_mask_L")
-        wanted_S |= rng.random(count) < KEEP_PLAIN
-        order = _wanted_first(wanted_S, rng)
+    wanted_total = total
+    if method.startswith("anchor") or method == "digits":
+        if method == "digits":
+            wanted_S = holds_any(digit_mask_L, "digit_mask_L")
+            wanted_S |= rng.random(count) < KEEP_PLAIN
+        else:
+            wanted_S = holds_any(anchor_mask_L, "anchor_mask_L")
+        order = np.flatnonzero(wanted_S)
+        wanted_total = lengths_S[order].sum()
+        if method == "anchor_spread":
+            order = rng.permutation(order)
+        if wanted_total < budget:
+            order = np.concatenate([order, rng.permutation(np.flatnonzero(~wanted_S))])
     elif method in ("score", "linked"):
         order = np.argsort(-largest(delta_L, "delta_L"), kind="stable")
         if method == "linked":
@@ -129,22 +136,11 @@ def select(
         order = rng.permutation(count)
     else:
         order = np.arange(count)
-    kept_S = _admit(lengths_S, order, budget)
+    sentences, kept = _admitted(lengths_S, order, budget)
 
-    sentences = np.flatnonzero(kept_S)
-    kept_lengths = kept_S[sentences]
-    offset = np.cumsum(kept_lengths) - kept_lengths
-    moved = (starts_S[sentences] - offset).astype(np.int32)
-    token_index = np.arange(budget, dtype=np.int32) + np.repeat(moved, kept_lengths)
-    return Selection(token_index, kept_lengths.astype(np.int32), int(kept_S[~wanted_S].sum()))
-
-
-def _wanted_first(wanted_S, rng, shuffle_wanted=False) -> np.ndarray:
-    """The wanted sentences, in the order of the text unless shuffled, then the others at random."""
-    wanted = np.flatnonzero(wanted_S)
-    if shuffle_wanted:
-        wanted = rng.permutation(wanted)
-    return np.concatenate([wanted, rng.permutation(np.flatnonzero(~wanted_S))])
+    moved = (starts_S[sentences] - (np.cumsum(kept) - kept)).astype(np.int32)
+    token_index = np.arange(budget, dtype=np.int32) + np.repeat(moved, kept)
+    return Selection(token_index, kept.astype(np.int32), max(budget - int(wanted_total), 0))
 
 
 def _with_sources(order, sentence_L, source_L) -> np.ndarray:
@@ -163,15 +159,15 @@ def _with_sources(order, sentence_L, source_L) -> np.ndarray:
     return sentences[np.sort(first)]
 
 
-def _admit(lengths_S, order, budget) -> np.ndarray:
-    """Tokens kept of each sentence: all of them in this order until the budget is full, then none."""
+def _admitted(lengths_S, order, budget) -> tuple[np.ndarray, np.ndarray]:
+    """(sentences, in the order of the text; tokens kept of each): whole ones in `order` until the budget is full."""
     total = np.cumsum(lengths_S[order])
-    full = np.searchsorted(total, budget)  # the place in the order at which the budget is met
-    admitted = order[: full + 1]
-    kept_S = np.zeros_like(lengths_S)
-    kept_S[admitted] = lengths_S[admitted]
-    kept_S[admitted[-1]] -= total[full] - budget
-    return kept_S
+    last = np.searchsorted(total, budget)  # the place in the order at which the budget is met
+    sentences = order[: last + 1]
+    kept = lengths_S[sentences]
+    kept[-1] -= total[last] - budget
+    by_text = np.argsort(sentences, kind="stable")
+    return sentences[by_text], kept[by_text]
 
 
 def _checked_lengths(segment_lengths_S, budget, document_id) -> np.ndarray:
