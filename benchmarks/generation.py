@@ -31,7 +31,7 @@ def _lrjax_model(dtype: str):
     import numpy as np
 
     from lrjax.checkpoints.tensors import flatten, nest
-    from lrjax.evaluation.decoding import ready
+    from lrjax.models.bits import ready
     from lrjax.models.llama import LlamaConfig, abstract_params
 
     config = LlamaConfig(**SHAPE, dtype=dtype)

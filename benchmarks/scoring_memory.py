@@ -2,10 +2,10 @@
 
     python -m benchmarks.scoring_memory --out=scoring_memory.json [--length=8192]
 
-Every contender runs in a process of its own with both models loaded. "Extra" is the highest resident memory during
-scoring less the resident memory before it (Linux: VmHWM, reset through /proc/self/clear_refs), compilation included,
-or with JAX_PLATFORMS=cuda the GPU's (of JAX with what loading the models took beyond them, if that was more);
-"compiled" is what the compiler says its program needs beside its arguments.
+Every contender runs in a process of its own with both models loaded, their matrices in bfloat16. "Extra" is the
+highest resident memory during scoring less the resident memory before it (Linux: VmHWM, reset through
+/proc/self/clear_refs), compilation included, or with JAX_PLATFORMS=cuda the GPU's (of JAX with what loading the models
+took beyond them, if that was more); "compiled" is what the compiler says its program needs beside its arguments.
 
 * `lrjax`: `lrjax.longrecipe.scoring.make_scorer`, which holds the logits of a chunk of tokens at a time.
 * `whole_logits`: the same models, [B, L, V] of both written out, the change of logit and log-probability from them.
@@ -46,6 +46,7 @@ def run(name: str, length: int) -> None:
     from lrjax.checkpoints import loading
     from lrjax.longrecipe import scoring
     from lrjax.models import head
+    from lrjax.models.bits import ready
     from lrjax.models.llama import Llama
 
     config, params, _ = loading.load("smollm2")
@@ -53,7 +54,8 @@ def run(name: str, length: int) -> None:
     extended = dataclasses.replace(config, rope_theta=310_700.0, max_position_embeddings=16384)
     base_params = jax.tree.map(jnp.asarray, params)
     extended_params = jax.tree.map(lambda x: x * 1.001, base_params)
-    jax.block_until_ready(extended_params)
+    base_params, extended_params = ready(config, base_params), ready(config, extended_params)
+    jax.block_until_ready((base_params, extended_params))
     del params
     tokens_BL = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
     positions_BL = np.arange(length, dtype=np.int32)[None]

@@ -22,11 +22,11 @@ from lrjax.checkpoints import orbax
 from lrjax.data.records import RecordFile
 from lrjax.errors import UserError
 from lrjax.evaluation import longppl, niah, perplexity, questions, suite
-from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter
 from lrjax.longrecipe import dependency
 from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_trees import merge_trees
+from lrjax.models.bits import ready
 from lrjax.models.flops import forward_flops
 from lrjax.run import checkpoint, load_checkpoint, open_data, open_tokenizer
 

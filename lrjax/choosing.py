@@ -19,6 +19,7 @@ from lrjax import workdir as wd
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.longrecipe import classing, contrast, impact, references, scoring, selection
+from lrjax.models.bits import ready
 from lrjax.models.flops import forward_flops
 from lrjax.run import load_checkpoint, on_first_process, open_tokenizer
 
@@ -30,8 +31,7 @@ MOSTLY_THE_START = 1.5  # a selection whose budget is full within so many times 
 
 def score(config, workdir):
     """The change of every token's logit from the base to the probe, on the long samples at plain positions."""
-    base_config, base = load_checkpoint(config, workdir, "base")
-    probe = load_checkpoint(config, workdir, "probe")
+    (base_config, base), probe = (_ready(config, workdir, name) for name in ("base", "probe"))
     scorer = scoring.make_scorer(base_config, probe[0], kl=config.score.kl)
     documents = examples.open_records(workdir / "documents" / "long.array_record")
     count = min(config.score.samples or len(documents), len(documents))
@@ -74,6 +74,11 @@ def score(config, workdir):
         "flops": 2 * forward_flops(base_config, count, length),
         "tokens_per_second": round(scored / (time.perf_counter() - started), 1),
     }
+
+
+def _ready(config, workdir, name):
+    model_config, params = load_checkpoint(config, workdir, name)
+    return model_config, ready(model_config, params)
 
 
 def _write_in_parts(path, count: int, size: int, rows) -> None:

@@ -35,8 +35,8 @@ from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, questions, readings, suite
-from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.samples import Prompter, read_samples
+from lrjax.models.bits import ready
 from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 

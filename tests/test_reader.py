@@ -24,7 +24,7 @@ from lrjax.evaluation.questions import (
 )
 from lrjax.evaluation.reader import Reader, answers, shared_length
 from lrjax.evaluation.samples import Prompter, Sample
-from lrjax.models.bits import from_bits
+from lrjax.models.bits import from_bits, ready
 from lrjax.models.llama import LlamaConfig, init_params
 from lrjax.training.state import shardings_of
 
@@ -226,10 +226,10 @@ def test_a_cache_on_a_mesh_changes_no_token(params, prompts, alone):
 def test_the_cache_has_the_compute_dtype(params, prompts):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert prefill(config, params, prompts[:1], room=2).cache["k"].dtype == jnp.uint16
-    ready = decoding.ready(config, params)
-    assert from_bits(ready["layers"]["q"]).dtype == jnp.bfloat16
-    assert ready["layers"]["attention_norm"].dtype == jnp.float32
-    same = generate(config, ready, prompts[:1], 5)[0]
+    rounded = ready(config, params)
+    assert from_bits(rounded["layers"]["q"]).dtype == jnp.bfloat16
+    assert rounded["layers"]["attention_norm"].dtype == jnp.float32
+    same = generate(config, rounded, prompts[:1], 5)[0]
     assert same.tolist() == generate(config, params, prompts[:1], 5)[0].tolist()
 
 

@@ -12,6 +12,7 @@ import pytest
 from lrjax.errors import UserError
 from lrjax.longrecipe import scoring
 from lrjax.models import head
+from lrjax.models.bits import ready
 from lrjax.models.llama import Llama, LlamaConfig, abstract_params, init_params
 
 CONFIG = LlamaConfig(
@@ -115,6 +116,19 @@ def test_centred_and_logprob_ignore_a_constant(models):
     assert np.abs(found["delta_logprob"]).max() < 1e-4
 
 
+def test_models_rounded_once_have_the_same_scores(models):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", tie_embeddings=True)
+    pair = [{n: leaf for n, leaf in params.items() if n != "head"} for _, params in models]
+    inputs = tokens((2, 19)), np.tile(np.arange(19, dtype=np.int32), (2, 1)), np.ones((2, 19), int)
+    scorer = scoring.make_scorer(config, config, kl=True)
+    expected = scorer(*pair, *inputs)
+    rounded = [ready(config, params) for params in pair]
+    assert rounded[0]["embedding"].dtype == jnp.bfloat16
+    for name, values in scorer(*rounded, *inputs).items():
+        np.testing.assert_array_equal(values, expected[name])
+    assert np.abs(expected["delta_logit"]).max() > 0
+
+
 def shapes(jaxpr):
     """Every array shape in a jaxpr and the jaxprs inside it."""
     for equation in jaxpr.eqns:
@@ -126,7 +140,8 @@ def shapes(jaxpr):
 
 
 def test_never_holds_all_logits(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 2 * 97 * 8)
+    monkeypatch.setattr(scoring, "STATS_ELEMENTS", 2 * 97 * 8)
+    monkeypatch.setattr(head, "STATS_ELEMENTS", 2 * 97 * 8)
     scoring.make_scorer.cache_clear()
     array_BL = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     params = abstract_params(CONFIG)

@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 
 from lrjax.errors import UserError
-from lrjax.models.bits import to_bits
 from lrjax.models.head import next_token_logits
 from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.sharding import constrain
@@ -172,25 +171,6 @@ def nucleus(logits_BV: jax.Array, top_p) -> jax.Array:
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
     kept_BV = jnp.take_along_axis(before_BV < top_p, jnp.argsort(order_BV, axis=-1), axis=-1)
     return jnp.where(kept_BV, logits_BV, -jnp.inf)
-
-
-def ready(config: LlamaConfig, params):
-    """Parameters on the device, matrices in the compute dtype: not rounded anew for every token.
-
-    The model rounds them the same way at every use, so nothing else changes. Norm scales (and biases) stay. Matrices
-    of layers are held as `lrjax.models.bits` has them.
-    """
-
-    def leaf(path, value):
-        value = jnp.asarray(value)
-        name = str(path[-1].key)
-        if value.ndim < 2 or "norm" in name or "bias" in name:
-            return value
-        if value.dtype == jnp.float32:
-            value = value.astype(config.dtype)
-        return to_bits(value) if path[0].key == "layers" else value
-
-    return jax.tree.map_with_path(leaf, params)
 
 
 def mesh_of(params):

@@ -24,6 +24,7 @@ import numpy as np
 
 from lrjax.errors import UserError
 from lrjax.evaluation import decoding
+from lrjax.models.bits import ready
 from lrjax.models.cache import init_cache
 from lrjax.models.head import token_stats
 from lrjax.models.llama import Llama, LlamaConfig
@@ -186,7 +187,7 @@ def prefill(
     if chunk < 1 or room < 1:
         raise UserError(f"prefill: chunk is {chunk}, room is {room}; allowed: 1 and more")
     rows, width = _padded(config, prompts, "prompt", chunk, positions)
-    params = decoding.ready(config, params)
+    params = ready(config, params)
     cache_length = _round_up(width + room, granule(config, chunk))
     cache = new_cache(config, params, len(prompts), cache_length)
     last_BD, cache = _read_all(config, params, cache, rows, chunk)

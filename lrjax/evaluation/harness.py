@@ -22,10 +22,10 @@ import numpy as np
 from lrjax.checkpoints import loading
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
-from lrjax.evaluation.decoding import ready
 from lrjax.evaluation.perplexity import token_losses
 from lrjax.evaluation.questions import before_stop
 from lrjax.evaluation.reader import Reader, answers
+from lrjax.models.bits import ready
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -27,6 +27,7 @@ from lrjax.evaluation.generate import (
     new_cache,
     prefill,
 )
+from lrjax.models.bits import ready
 from lrjax.models.llama import Llama, LlamaConfig
 from lrjax.sharding import current
 
@@ -51,7 +52,7 @@ class Reader:
     def __init__(self, config: LlamaConfig, params, max_length: int, chunk: int = CHUNK):
         if chunk < 1:
             raise UserError(f"reader: chunk is {chunk}; allowed: 1 and more")
-        self.config, self.params = config, decoding.ready(config, params)
+        self.config, self.params = config, ready(config, params)
         self.max_length = max_length
         self._widths = chunk, max(chunk // 4, SHORT_CHUNK), SHORT_CHUNK
         # The last chunk is written whole, less than a short one of padding too; or a chunk that is shorter than that.
@@ -203,7 +204,7 @@ def answers(
     if not len(prompts):
         return
     check_tokens(config, prompts, "prompt")
-    params = decoding.ready(config, params)
+    params = ready(config, params)
     rng = None if rng is None else decoding.row_keys(rng, len(prompts))
     order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index]).tolist())
     longest = max(map(len, prompts)) + max_new_tokens

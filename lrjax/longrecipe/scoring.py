@@ -27,11 +27,8 @@ from jaxtyping import Array, Int
 
 from lrjax import sharding
 from lrjax.errors import UserError
-from lrjax.models.head import kl_divergence, next_token_stats
+from lrjax.models.head import STATS_ELEMENTS, kl_divergence, next_token_stats
 from lrjax.models.llama import Llama, LlamaConfig
-
-# Numbers of one chunk of logits: 64 MiB in float32, of which the compiler keeps a few copies.
-CHUNK_ELEMENTS = 2**24
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,7 +41,7 @@ def make_scorer(
     """The jitted scorer of two models, which may differ in all but the vocabulary (as a rule: in rope_theta).
 
     Args:
-        chunk: indices of L whose logits exist at a time; default: as many as `CHUNK_ELEMENTS` allows.
+        chunk: indices of L whose logits exist at a time; default: as many as `models.head` chooses.
         kl: also the divergence, which computes the logits of both models once more.
 
     Returns:
@@ -77,7 +74,7 @@ def make_scorer(
             "logprob_extended": extended["logprob"],
         }
         if kl:
-            size = chunk or _chunk(config_base, tokens_BL)
+            size = chunk or max(1, STATS_ELEMENTS // (len(tokens_BL) * config_base.vocab_size))
             changes["kl"] = kl_divergence(
                 params_extended, extended_BLD, params_base, base_BLD, size
             )[:, :-1]
@@ -124,11 +121,5 @@ def score(
 
 def _token_stats(config, params, tokens_BL, positions_BL, segment_ids_BL, chunk):
     """The hidden states [B, L, D], and what `head.next_token_stats` says of the tokens but the first, [B, L-1]."""
-    if chunk is None and not sharding.current().split:
-        chunk = _chunk(config, tokens_BL)
     x_BLD = Llama(config).apply({"params": params}, tokens_BL, positions_BL, segment_ids_BL)
     return x_BLD, next_token_stats(params, x_BLD, tokens_BL, chunk)
-
-
-def _chunk(config, tokens_BL) -> int:
-    return max(1, CHUNK_ELEMENTS // (tokens_BL.shape[0] * config.vocab_size))

@@ -3,7 +3,7 @@
 All functions take the whole parameter tree (tied or untied head) and the model's final hidden states. Hidden
 states at index t predict the token at t + 1; `targets_BL` are given by the caller, aligned with `x_BLD`.
 `chunk` is the number of indices of L whose logits exist at a time; by default so many that a device's part of them
-stays below `CHUNK_ELEMENTS` numbers.
+stays below `CHUNK_ELEMENTS` numbers, of statistics below `STATS_ELEMENTS`.
 
     logits_BLV = logits(params, x_BLD)                                     # small models, generation
     total, weight = weighted_cross_entropy(params, x_BLD, targets_BL, weights_BL)
@@ -25,9 +25,11 @@ from jaxtyping import Array, Float, Int
 from lrjax.models.exponential import exp_to_one
 from lrjax.models.linear import contract, outer_sum
 from lrjax.models.vocab_split import on_devices
-from lrjax.sharding import constrain
+from lrjax.sharding import constrain, current
 
 CHUNK_ELEMENTS = 2**25  # 128 MB of float32 logits
+# Of statistics, of which the compiler keeps a few copies; with a tied head on a CPU 12 MB, which stay in its cache.
+STATS_ELEMENTS, CACHED_ELEMENTS = 2**24, 3 * 2**20
 _FEWEST_ROWS = 16
 
 
@@ -56,26 +58,36 @@ def token_stats(
     params, x_BLD: Float[Array, "B L D"], targets_BL: Int[Array, "B L"], chunk: int | None = None
 ) -> dict[str, Float[Array, "B L"]]:
     """Per index: the target's raw logit, the mean logit over the vocabulary, the target's log-probability
-    (all float32), and the argmax (int32)."""
+    (all float32), and the argmax (int32).
+
+    With a tied head [V, D] a CPU makes logits [V, B, C]: with the vocabulary last XLA copies the whole head transposed
+    first, and needs larger chunks of tokens for its product (docs/log.md, 27 November 2026, fifth part).
+    """
     w, vocab_axis = _head_of(params)
     V = w.shape[vocab_axis]
+    first = vocab_axis == 0 and current().platform == "cpu"
+    axis = 0 if first else -1
 
     def local(split, w, x_BLD, targets_BL):
         w = split.whole_width(w.astype(x_BLD.dtype))
 
         def stats(x_BCD, targets_BC):
             x_BCD, targets_BC = split.gather_tokens(x_BCD), split.gather_tokens(targets_BC)
-            logits_BCV = contract(x_BCD, w, ((2,), (1 - vocab_axis,)))
-            logit_BC = split.pick(logits_BCV, targets_BC)
+            if first:
+                logits = contract(w, x_BCD, ((1,), (2,)))
+            else:
+                logits = contract(x_BCD, w, ((2,), (1 - vocab_axis,)))
+            logit_BC = split.pick(logits, targets_BC, axis)
             return {
                 "logit": split.own_tokens(logit_BC),
-                "mean_logit": split.own_tokens(split.sum(logits_BCV.sum(axis=-1)) / V),
-                "logprob": split.own_tokens(logit_BC - split.logsumexp(logits_BCV)),
-                "argmax": split.own_tokens(split.argmax(logits_BCV)),
+                "mean_logit": split.own_tokens(split.sum(logits.sum(axis=axis)) / V),
+                "logprob": split.own_tokens(logit_BC - split.logsumexp(logits, axis)),
+                "argmax": split.own_tokens(split.argmax(logits, axis)),
             }
 
         L = targets_BL.shape[1]
-        chunks = _split(_chunk_size(split, targets_BL, w, chunk), x_BLD, targets_BL)
+        most = CACHED_ELEMENTS if first else STATS_ELEMENTS
+        chunks = _split(_chunk_size(split, targets_BL, w, chunk, most), x_BLD, targets_BL)
         stats_CBc = lax.map(lambda args: stats(*args), chunks)
         return jax.tree.map(lambda leaf: _join(leaf)[:, :L], stats_CBc)
 
@@ -195,12 +207,12 @@ def _head_of(params):
     return (params["head"], 1) if "head" in params else (params["embedding"], 0)
 
 
-def _chunk_size(split, targets_BL, w, chunk):
-    """Indices of a device's own part of L in a chunk."""
+def _chunk_size(split, targets_BL, w, chunk, most=CHUNK_ELEMENTS):
+    """Indices of a device's own part of L in a chunk: `chunk` of the whole L, or those of `most` logits."""
     B, L = targets_BL.shape
     if chunk is None:
         logits_an_index = B * split.gathered * w.shape[split.vocab_axis]
-        chunk = max(1, CHUNK_ELEMENTS // logits_an_index)
+        chunk = max(1, most // logits_an_index)
     else:
         chunk = max(1, chunk // split.length_size)
     count = -(-L // min(chunk, L))

@@ -94,37 +94,39 @@ class Split:
         return lax.psum(w_bar, tuple(tokens)) if tokens else w_bar
 
     # ------------------------------------------------------------------------------------- logits
+    # [B, C, V]; or [V, B, C], with axis 0.
 
-    def vocabulary(self, logits_BCV):
-        """The token ids of the last axis."""
-        V = logits_BCV.shape[-1]
+    def vocabulary(self, logits, axis=-1):
+        """The token ids along the vocabulary's axis."""
+        V = logits.shape[axis]
         first = lax.axis_index(self.vocab) * V if self.vocab else 0
-        return first + jnp.arange(V)
+        return jnp.expand_dims(first + jnp.arange(V), (1, 2) if axis == 0 else (0, 1))
 
     def sum(self, a_BC):
         return lax.psum(a_BC, self.vocab) if self.vocab else a_BC
 
-    def max(self, logits_BCV):
-        top_BC = logits_BCV.max(axis=-1)
+    def max(self, logits, axis=-1):
+        top_BC = logits.max(axis=axis)
         return lax.pmax(top_BC, self.vocab) if self.vocab else top_BC
 
-    def logsumexp(self, logits_BCV):
-        top_BC = self.max(logits_BCV)
-        weights_BCV = exp_to_one(logits_BCV - top_BC[..., None])
-        return top_BC + jnp.log(self.sum(weights_BCV.sum(axis=-1)))
+    def logsumexp(self, logits, axis=-1):
+        top_BC = self.max(logits, axis)
+        weights = exp_to_one(logits - jnp.expand_dims(top_BC, axis))
+        return top_BC + jnp.log(self.sum(weights.sum(axis=axis)))
 
-    def pick(self, logits_BCV, targets_BC):
+    def pick(self, logits, targets_BC, axis=-1):
         """The targets' logits."""
+        targets = jnp.expand_dims(targets_BC, axis)
         if not self.vocab:
-            return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        hit_BCV = self.vocabulary(logits_BCV) == targets_BC[..., None]
-        return self.sum(jnp.where(hit_BCV, logits_BCV, 0.0).sum(axis=-1))
+            return jnp.take_along_axis(logits, targets, axis=axis).squeeze(axis)
+        hit = self.vocabulary(logits, axis) == targets
+        return self.sum(jnp.where(hit, logits, 0.0).sum(axis=axis))
 
-    def argmax(self, logits_BCV):
+    def argmax(self, logits, axis=-1):
         """The first of the likeliest token ids, or of NaN. A CPU takes longer for `jnp.argmax` than for two passes."""
         none = jnp.iinfo(jnp.int32).max
-        likeliest_BCV = (logits_BCV == self.max(logits_BCV)[..., None]) | jnp.isnan(logits_BCV)
-        first_BC = jnp.where(likeliest_BCV, self.vocabulary(logits_BCV), none).min(axis=-1)
+        likeliest = (logits == jnp.expand_dims(self.max(logits, axis), axis)) | jnp.isnan(logits)
+        first_BC = jnp.where(likeliest, self.vocabulary(logits, axis), none).min(axis=axis)
         return lax.pmin(first_BC, self.vocab) if self.vocab else first_BC
 
 

@@ -15,6 +15,7 @@ from lrjax.errors import UserError
 from lrjax.evaluation.generate import PREFILL_CHUNK
 from lrjax.longrecipe.scoring import make_scorer
 from lrjax.models import COMPUTING
+from lrjax.models.bits import ready
 from lrjax.models.cache import init_cache
 from lrjax.models.head import logits
 from lrjax.models.llama import Llama, LlamaConfig, abstract_params
@@ -83,7 +84,7 @@ def score(config, mesh) -> Program:
     model = dataclasses.replace(model_of(config), remat="none")
     length = config.score.length or config.data.source_length or config.target_length
     B = config.score.batch_size
-    params = _laid_out(abstract_params(model), shardings_of(abstract_params(model), mesh))
+    params = _for_reading(model, mesh)
     inputs = [_array((B, length), jnp.int32, sharding.batch_sharding(mesh, (B, length)))] * 3
     traced = make_scorer(model, model).trace(params, params, *inputs)
     return Program(traced, model, B, length, B * length, 2, params)
@@ -95,7 +96,7 @@ def prefill(config, mesh) -> Program:
     As `generate.prefill` reads it; `reader.Reader`, which reads one row alone, takes twice as many tokens at a time.
     """
     model = dataclasses.replace(model_of(config), remat="none")
-    params = _laid_out(abstract_params(model), shardings_of(abstract_params(model), mesh))
+    params = _for_reading(model, mesh)
     here = sharding.current()
     axes = {
         "k": ("layers", "batch", "length", "kv_heads", None),
@@ -119,6 +120,13 @@ def prefill(config, mesh) -> Program:
 
     traced = jax.jit(read, donate_argnums=1).trace(params, cache, *inputs)
     return Program(traced, model, 1, PREFILL_CHUNK, PREFILL_CHUNK, 1, params)
+
+
+def _for_reading(model, mesh):
+    params = abstract_params(model)
+    with sharding.layout(None):
+        rounded = jax.eval_shape(lambda params: ready(model, params), params)
+    return _laid_out(rounded, shardings_of(params, mesh))
 
 
 def _cast(params, dtype):
