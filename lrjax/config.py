@@ -29,6 +29,8 @@ ADDED = {
     r"(methods\.[^.]+|probe\.method)\.contiguous_share": 0.0,
     r"evaluate\.suite\.num_(keys|values|queries)": 1,
     r"evaluate\.perplexity\.key_evaluator": "",
+    r"evaluate\.suite\.(nltk_data|bertscore_model)": "",
+    r"evaluate\.suite\.bertscore_layer": 17,
 }
 
 
@@ -247,6 +249,9 @@ def default() -> ConfigDict:
                     "longbench_wording": "",
                     "loogle_dir": "",
                     "loogle_wording": "",
+                    "nltk_data": "",  # of LooGLE: a folder with corpora/wordnet, for METEOR
+                    "bertscore_model": "",  # of LooGLE: a Hugging Face model, for BERTScore
+                    "bertscore_layer": 17,
                     "humaneval": "",
                     "run_code": False,  # may programs of the model be run: evaluation/sandbox.py
                     "limit": 0,  # tokens of prompt and budget; 0: the length asked for, or the target length

@@ -99,6 +99,9 @@ _RUN_CODE = _FLAGS.DEFINE_bool(
     False,
     "Run programs that the model wrote (humaneval): no network, limited time and memory.",
 )
+_BERTSCORE_LAYER = _FLAGS.DEFINE_integer(
+    "bertscore_layer", 17, "Of loogle: the layer of --bertscore_model that is read."
+)
 _PATHS = {
     name: _FLAGS.DEFINE_string(name, "", text)
     for name, text in (
@@ -109,6 +112,8 @@ _PATHS = {
         ("longbench_wording", "A checkout of LongBench: take its published prompts."),
         ("loogle_dir", "The folder with LooGLE's NAME.jsonl."),
         ("loogle_wording", "A checkout of LooGLE: take its published prompts."),
+        ("nltk_data", "Of loogle: a folder with corpora/wordnet; METEOR is counted too."),
+        ("bertscore_model", "Of loogle: a Hugging Face model's folder; BERTScore is counted too."),
         ("humaneval", "HumanEval.jsonl, for the task humaneval."),
     )
 }
@@ -157,7 +162,7 @@ def _options() -> suite.Options:
     return suite.Options(
         tasks=tuple(_TASKS.value), lengths=_numbers("lengths", _LENGTHS.value, int), samples=_SAMPLES.value,
         seed=_SEED.value, depths=_numbers("depths", _DEPTHS.value, float), together=_TOGETHER.value,
-        run_code=_RUN_CODE.value,
+        run_code=_RUN_CODE.value, bertscore_layer=_BERTSCORE_LAYER.value,
         **{f"num_{name}": flag.value for name, flag in _COUNTS.items()},
         **{name: flag.value for name, flag in _PATHS.items()},
     )  # fmt: skip

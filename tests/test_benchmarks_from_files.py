@@ -1,5 +1,6 @@
 """LongBench, LooGLE and HumanEval from local files: their metrics to the digit, echoes score 100, cuts are counted."""
 
+import gc
 import json
 
 import pytest
@@ -7,7 +8,15 @@ import pytest
 from lrjax.data.jsonl import write_jsonl
 from lrjax.data.tokenizers import byte_tokenizer
 from lrjax.errors import UserError
-from lrjax.evaluation import humaneval, longbench, loogle, sandbox, wording
+from lrjax.evaluation import (
+    humaneval,
+    longbench,
+    loogle,
+    metrics_with_data,
+    sandbox,
+    suite,
+    wording,
+)
 from lrjax.evaluation import text_metrics as metrics
 from lrjax.evaluation.questions import ask
 from lrjax.evaluation.samples import Prompter, Sample
@@ -170,6 +179,98 @@ def test_loogle_scores_an_echo_100_and_a_cloze_by_its_masks(tmp_path, prompter):
     half = lambda *_: [(0, "{'<mask-0>': 'Ada', '<mask-1>': 'Bob'}")]  # noqa: E731
     result = ask(task, half, prompter)
     assert result["score"] == 50 and result["more"]["partial_match"] == 100
+
+
+@pytest.fixture
+def wordnet():
+    yield make_wordnet
+    gc.collect()  # nltk leaves WordNet's files to it
+
+
+def make_wordnet(folder, *synsets):
+    """A WordNet of nouns, each of one synset, as nltk reads it."""
+    folder = folder / "corpora" / "wordnet"
+    folder.mkdir(parents=True)
+    for name in ("noun", "verb", "adj", "adv"):
+        for file in (f"data.{name}", f"index.{name}", f"{name}.exc"):
+            (folder / file).write_text("")
+    (folder / "data.adj").write_text("  1 WordNet 3.0 of a test\n")
+    for file in ("index.sense", "cntlist.rev"):
+        (folder / file).write_text("")
+    (folder / "lexnames").write_text("00\tnoun.Tops\t1\n")
+    lines, index = "", ""
+    for words in synsets:
+        named = " ".join(f"{word} 0" for word in words)
+        offset = f"{len(lines):08d}"
+        lines += f"{offset} 00 n {len(words):02x} {named} 000 | what they mean  \n"
+        index += "".join(f"{word} n 1 0 1 0 {offset}  \n" for word in words)
+    (folder / "data.noun").write_text(lines)
+    (folder / "index.noun").write_text(index)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_meteor_matches_words_stems_and_synonyms(tmp_path, wordnet):
+    wordnet(
+        tmp_path, ("arch", "span"), ("mason",)
+    )  # of words that are their own stems: nltk asks for stems
+    meteor = metrics_with_data.meteor(tmp_path)
+    # By the paper: F = 10 P R / (R + 9 P), less half the cube of chunks over matches.
+    assert meteor("old bridges stand", "old bridges stand") == pytest.approx(1 - 0.5 / 27)
+    assert meteor("old bridge stands", "old bridges stand") == pytest.approx(1 - 0.5 / 27)
+    assert meteor("the span", "the arch") == pytest.approx(1 - 0.5 / 8)
+    assert meteor("the mason", "the arch") == pytest.approx(0.5 * 0.5)
+    assert meteor("the the span", "span the") == meteor("the span", "span the") == 0.5
+    assert meteor("", "the arch") == 0
+
+
+def test_bert_score_is_the_mean_of_the_best_cosines(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("bert_score")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "old", "new", "bridge", "road"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+
+    def states(text):
+        with torch.no_grad():
+            inputs = tokenizer(text, return_tensors="pt")
+            return torch.nn.functional.normalize(
+                model(**inputs, output_hidden_states=True).hidden_states[2][0], dim=-1
+            )
+
+    answer, reference = "the old bridge", "new road"
+    best = (states(answer) @ states(reference).T).max(1).values[1:-1].mean()  # [CLS], [SEP] not
+    score = metrics_with_data.bert_score(tmp_path, 2)
+    assert score(answer, reference) == pytest.approx(float(best), abs=1e-5)
+    assert score(answer, answer) == pytest.approx(1) and score(" ", answer) == 0
+    with pytest.raises(UserError, match=r"bertscore_layer: 4; .* has layers 1 to 3"):
+        metrics_with_data.bert_score(tmp_path, 4)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_metrics_whose_data_are_missing_say_so(tmp_path, prompter, wordnet):
+    with pytest.raises(UserError, match=r"nltk_data: .* has no corpora/wordnet; .*nltk.download"):
+        metrics_with_data.meteor(tmp_path)
+    with pytest.raises(UserError, match=r"bertscore_model: .* has no config.json"):
+        metrics_with_data.bert_score(tmp_path, 17)
+    wordnet(tmp_path / "data", ("arch", "span"))
+    pairs = [{"Q": "What?", "A": "the old arch", "S": []}]
+    row = {"input": "A text.", "qa_pairs": repr(pairs), "output": "none"}
+    write_jsonl(tmp_path / "longdep_qa.jsonl", [row])
+    asked = suite.Options(
+        tasks=("loogle:longdep_qa",), loogle_dir=str(tmp_path), nltk_data=str(tmp_path / "data")
+    )
+    (task,) = suite.Suite(asked, prompter).tasks()
+    result = ask(task, lambda *_: [(0, "the old span")], prompter)
+    assert result["more"]["meteor"] == pytest.approx(100 * (1 - 0.5 / 27))
 
 
 def test_files_that_are_missing_or_broken_are_named(tmp_path, prompter):

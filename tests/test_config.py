@@ -190,6 +190,9 @@ def test_a_run_goes_on_though_fields_were_added(tmp_path):
     names = sorted(flat.keys() - before.keys())
     assert names == [
         "evaluate.perplexity.key_evaluator",
+        "evaluate.suite.bertscore_layer",
+        "evaluate.suite.bertscore_model",
+        "evaluate.suite.nltk_data",
         *(f"evaluate.suite.num_{name}" for name in ("keys", "queries", "values")),
         "methods.longrecipe.contiguous_share",
         "probe.method.contiguous_share",

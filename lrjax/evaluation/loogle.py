@@ -3,14 +3,14 @@
     task = make("longdep_qa", "/data/LooGLE-testdata", prompter, wording.loogle())
 
 The files are the published NAME.jsonl: {"input", "qa_pairs" (a Python literal or "none"), "output", "title"}. Scored
-are BLEU-1, BLEU-4, ROUGE-1, -2 and -L (recall, as published); clozes by exact and partial match. METEOR, BERTScore
-and the judgements by GPT-4 are left out: they need other models.
+are BLEU-1, BLEU-4, ROUGE-1, -2 and -L (recall, as published), METEOR and BERTScore where their data are given
+(`metrics_with_data`); clozes by exact and partial match. The judgements by GPT-4 are left out.
 """
 
 import ast
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
@@ -24,8 +24,19 @@ _WHERE = (
 )
 
 
-def make(name: str, folder, prompter: Prompter, wording: Mapping, *, count: int = 0) -> Task:
+def make(
+    name: str,
+    folder,
+    prompter: Prompter,
+    wording: Mapping,
+    *,
+    count: int = 0,
+    metrics_with_data: Mapping[str, Callable[[str, str], float]] | None = None,
+) -> Task:
     """The questions of a subset, several to a document; too long a prompt is cut in the middle.
+
+    Args:
+      metrics_with_data: name -> metric of (answer, reference) to score by as well, not of clozes.
 
     Raises:
       UserError: an unknown subset, no file, a row without what is needed (file and line number).
@@ -55,6 +66,8 @@ def make(name: str, folder, prompter: Prompter, wording: Mapping, *, count: int 
         "rouge_1": functools.partial(_against, functools.partial(metrics.rouge_n, n=1, part="r")),
         "rouge_2": functools.partial(_against, functools.partial(metrics.rouge_n, n=2, part="r")),
     }
+    for each, metric in (metrics_with_data or {}).items():
+        more[each] = functools.partial(_against, metric)
     return Task(
         name=name,
         samples=samples[: count or None],

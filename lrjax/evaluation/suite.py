@@ -7,6 +7,7 @@ Names: those of RULER's tasks, LongBench's and LooGLE's subsets, niah, passkey, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 from absl import logging
@@ -18,6 +19,7 @@ from lrjax.evaluation import (
     humaneval,
     longbench,
     loogle,
+    metrics_with_data,
     readings,
     ruler,
     ruler_tasks,
@@ -73,6 +75,9 @@ class Options:
     longbench_wording: str = ""  # a checkout of LongBench
     loogle_dir: str = ""
     loogle_wording: str = ""
+    nltk_data: str = ""  # of LooGLE: a folder with corpora/wordnet, for METEOR
+    bertscore_model: str = ""  # of LooGLE: a Hugging Face model, for BERTScore
+    bertscore_layer: int = 17  # of that model; roberta-large's, as published
     humaneval: str = ""  # HumanEval.jsonl
     run_code: bool = False  # whether programs of the model may be run (evaluation/sandbox.py)
 
@@ -172,7 +177,10 @@ class Suite:
             )
         if benchmark == "loogle":
             words = self._words("loogle", wording.loogle, o.loogle_wording)
-            return loogle.make(subset, o.loogle_dir, self._prompter, words, count=o.samples)
+            return loogle.make(
+                subset, o.loogle_dir, self._prompter, words,
+                count=o.samples, metrics_with_data=self._metrics_with_data,
+            )  # fmt: skip
         if name == "humaneval":
             return humaneval.make(o.humaneval, run_code=o.run_code, count=o.samples)
         params = None
@@ -192,6 +200,15 @@ class Suite:
             seed=o.seed,
             params=params,
         )
+
+    @functools.cached_property
+    def _metrics_with_data(self) -> dict:
+        o, found = self.options, {}
+        if o.nltk_data:
+            found["meteor"] = metrics_with_data.meteor(o.nltk_data)
+        if o.bertscore_model:
+            found["bert_score"] = metrics_with_data.bert_score(o.bertscore_model, o.bertscore_layer)
+        return found
 
     def _words(self, benchmark, read, checkout) -> Mapping:
         if benchmark not in self._wording:
