@@ -39,10 +39,10 @@ CLAIMS = (
 
 
 def get_config(variant: str = ""):
-    return setting.build(__file__, variant, ARMS, _change)
+    return setting.build(__file__, variant, ARMS, change)
 
 
-def _change(config, arm):
+def change(config, arm):
     full_steps = setting.equal_flops_steps(config)
     config.methods = {
         "raised_theta": method("first", ""),
