@@ -148,8 +148,14 @@ def main(argv) -> None:
             )
         config = dataclasses.replace(config, dtype=_DTYPE.value)
         params = ready(config, params)
+        tokenizer = load_tokenizer(spec)
+        if tokenizer.chat_template is not None and not _CHAT.value and options.pairs():
+            logging.warning(
+                "%s: the tokenizer has a chat template, and the questions are asked without it; --chat asks in it",
+                path,
+            )
         found[name] = evaluate(
-            options, config, params, load_tokenizer(spec), out, name, str(path),
+            options, config, params, tokenizer, out, name, str(path),
             key_evaluator=_KEY_EVALUATOR.value or checkpoints[0],
         )  # fmt: skip
     differences = _against_the_first(found, out)

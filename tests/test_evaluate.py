@@ -102,6 +102,11 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
     page = evaluations.section("needles", {"model1": kept})
     assert kept["made_by"][0]["commit"] in page
     assert f"| niah_single_1 | 2048 | 2 | {one['score']:.1f} [" in page
+    assert "Asked as plain text." in page
+    kept["results"]["number"]["2048"] |= {"empty": 1, "chat_template": "{{ messages }}"}
+    page_of_chat = evaluations.section("needles", {"model1": kept})
+    assert "Asked as plain text and in the tokenizer's chat template." in page_of_chat
+    assert page_of_chat.count(" (1 empty) |") == 1
     assert "| model1 | model1 - model0 |" in page and "] | +0.0 |" in page
     with pytest.raises(UserError, match="no CHECKPOINT/results"):
         results_page.store(tmp_path / "kept", tmp_path)

@@ -3,7 +3,7 @@
 section("ruler", {"base": results, "extended": results})         # Markdown; results as `lrjax.results` keeps them
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lrjax.reporting.comparison import difference_cell
 
@@ -11,13 +11,13 @@ _KEPT = ("tasks", "lengths", "samples", "seed", "squad", "hotpotqa", "ruler_dir"
 
 
 def section(title: str, found: Mapping[str, Mapping]) -> str:
-    """Checkpoints side by side: scores with Wilson's 95 % interval, the paired differences to the checkpoint that was
-    named first, then means and what was read (perplexity, ...)."""
+    """Checkpoints side by side: scores with Wilson's 95 % interval and how many answers were empty, the paired
+    differences to the checkpoint that was named first, then means and what was read (perplexity, ...)."""
     against = {name: one["against"] for name, one in found.items() if "against" in one}
     head = ["task", "tokens", "samples", *found]
     head += [f"{name} - {each['checkpoint']}" for name, each in against.items()]
     lines = [f"## Evaluation: {title}", "", *(_asked(name, one) for name, one in found.items()), ""]
-    lines += [*_unique(map(_command, found.values())), ""]
+    lines += [*_unique(map(_command, found.values())), "", *_how_asked(found.values())]
     lines += [_line(head), "|" + " --- |" * len(head)]
     asked = _unique(
         (length, task)
@@ -76,6 +76,19 @@ def _command(one: Mapping) -> str:
     return f"`python -m lrjax.evaluate CHECKPOINT ... {given} --out=DIR`"
 
 
+def _how_asked(found: Iterable[Mapping]) -> list[str]:
+    """Whether the questions stood in a chat template."""
+    plain = _unique(
+        result["chat_template"] == "plain"
+        for one in found
+        for by_length in one["results"].values()
+        for result in by_length.values()
+        if "chat_template" in result
+    )
+    ways = ["as plain text" if each else "in the tokenizer's chat template" for each in plain]
+    return [f"Asked {' and '.join(ways)}.", ""] if ways else []
+
+
 def _text(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -88,7 +101,8 @@ def _cell(result: Mapping | None) -> str:
     if result is None:
         return ""
     low, high = result["interval"]
-    return f"{result['score']:.1f} [{low:.1f}, {high:.1f}]"
+    empty = f" ({result['empty']} empty)" if result.get("empty") else ""
+    return f"{result['score']:.1f} [{low:.1f}, {high:.1f}]{empty}"
 
 
 def _unique(values) -> list:
