@@ -16,6 +16,7 @@ from absl import logging
 
 from lrjax import examples, sharding
 from lrjax import workdir as wd
+from lrjax.checkpoints.tensors import flatten, nest
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.longrecipe import classing, contrast, impact, references, scoring, selection
@@ -77,8 +78,13 @@ def score(config, workdir):
 
 
 def _ready(config, workdir, name):
+    """`load_checkpoint` for reading, rounded matrix by matrix: not all of them are there twice."""
     model_config, params = load_checkpoint(config, workdir, name)
-    return model_config, ready(model_config, params)
+    flat = flatten(params)
+    del params
+    for leaf in list(flat):
+        flat |= flatten(ready(model_config, nest({leaf: flat.pop(leaf)})))
+    return model_config, nest(flat)
 
 
 def _write_in_parts(path, count: int, size: int, rows) -> None:

@@ -225,7 +225,6 @@ def test_meteor_matches_words_stems_and_synonyms(tmp_path, wordnet):
 
 def test_bert_score_is_the_mean_of_the_best_cosines(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    pytest.importorskip("bert_score")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "old", "new", "bridge", "road"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=64)
@@ -256,6 +255,39 @@ def test_bert_score_is_the_mean_of_the_best_cosines(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_bert_score_takes_a_first_word_for_the_same_token_as_later_ones(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = byte_level(tmp_path)
+    assert tokenizer.tokenize("ab ab") == ["a", "b", "\u0120", "a", "b"]
+    torch.manual_seed(0)
+    transformers.RobertaModel(
+        transformers.RobertaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=12,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    score = metrics_with_data.bert_score(tmp_path, 1)
+    assert score("ab", " ab\n") == pytest.approx(1)
+    assert 0 < score("ab ab", "ab") < 1
+    assert score("ab " * 9, "ab " * 20) == pytest.approx(1)  # both are cut to 10 tokens
+
+
+def byte_level(folder):
+    """A tokenizer of RoBERTa's kind with bytes for tokens; it says no longest length."""
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers"),
+        pytest.importorskip("transformers"),
+    )
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(special + alphabet)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    made = transformers.RobertaTokenizer(vocab=vocabulary, merges=[])
+    made.save_pretrained(folder)
+    return made
+
+
 def test_metrics_whose_data_are_missing_say_so(tmp_path, prompter, wordnet):
     with pytest.raises(UserError, match=r"nltk_data: .* has no corpora/wordnet; .*nltk.download"):
         metrics_with_data.meteor(tmp_path)

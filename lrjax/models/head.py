@@ -2,8 +2,8 @@
 
 All functions take the whole parameter tree (tied or untied head) and the model's final hidden states. Hidden
 states at index t predict the token at t + 1; `targets_BL` are given by the caller, aligned with `x_BLD`.
-`chunk` is the number of indices of L whose logits exist at a time; by default so many that a device's part of them
-stays below `CHUNK_ELEMENTS` numbers, of statistics below `STATS_ELEMENTS`.
+`chunk` is the number of indices of L whose logits exist at a time, one at least; by default so many that a device's
+part of them stays below `CHUNK_ELEMENTS` numbers, of statistics below `STATS_ELEMENTS` or `CACHED_ELEMENTS`.
 
     logits_BLV = logits(params, x_BLD)                                     # small models, generation
     total, weight = weighted_cross_entropy(params, x_BLD, targets_BL, weights_BL)
