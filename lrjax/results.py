@@ -59,7 +59,7 @@ Made by `python -m lrjax.results` from `docs/results/*.json`, the stored runs of
 - TFLOP is training alone: the probe and the scoring that LongRecipe's selections go by are in no row.
 - One rule was made after some of these runs had been seen: a class in more than 90 % of the sentences is no anchor
   beside another (`impact.EVERYWHERE`). All runs that it concerns were made again; docs/log.md has the figures and
-  verdicts before it.
+  verdicts before it. `fresh_seeds` is the main table on seeds that were run after it.
 """
 
 
