@@ -1,6 +1,7 @@
 """The command: samples without a model, answers that go on after a stop, results that say what was asked."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -138,6 +139,27 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
             checkpoints[0], "--tasks=number", "--lengths=2048,4096", f"--samples_dir={samples}",
             f"--out={tmp_path / 'two'}",
         )  # fmt: skip
+
+
+def test_a_chat_template_that_is_left_out_is_named(checkpoints, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        evaluate.logging, "warning", lambda text, *values: told.append(text % values)
+    )
+    command = "--tasks=number", "--lengths=1024", "--samples=1", "--depths=0.5"
+    run(checkpoints[0], *command, f"--out={tmp_path / 'none'}")
+    assert not told
+    model = shutil.copytree(checkpoints[0], tmp_path / "model")
+    spec = str(model)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (model / "tokenizer" / "chat_template.jinja").write_text(template)
+    run(spec, *command, f"--out={tmp_path / 'plain'}")
+    assert [line for line in told if "has a chat template" in line and spec in line]
+    told.clear()
+    run(spec, *command, "--chat", f"--out={tmp_path / 'chat'}")
+    assert not told
+    prompt = json.loads((tmp_path / "chat" / "model" / "results.json").read_text())
+    assert prompt["results"]["number"]["1024"]["samples"][0]["prompt"].startswith("[")
 
 
 def test_answers_of_another_model_or_way_of_asking_are_not_taken(checkpoints, tmp_path):
