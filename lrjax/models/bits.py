@@ -1,4 +1,4 @@
-"""bfloat16 by its bits: arrays that layers are cut out of, held as integers, and rounding.
+"""bfloat16 by its bits: arrays that layers are cut out of, held as integers; rounding; and parameters for reading.
 
 XLA's CPU backend moves bfloat16 element by element: cutting a layer out of a stack of weights or out of the cache takes
 about ten times as long as with the same bytes as integers (`python -m benchmarks.bits`). On other platforms the two
