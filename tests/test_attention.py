@@ -187,8 +187,12 @@ def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, k
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_queries_attend_to_their_layer_of_a_cache_as_among_many(count, kinds, dtype):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # row by row, and all rows at once
+def test_few_queries_attend_to_their_layer_of_a_cache_as_among_many(
+    monkeypatch, platform, count, kinds, dtype
+):
     """N, K and padding in the last rows' segments included."""
+    monkeypatch.setattr(sharding.Layout, "platform", platform)
     q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3, dtype=dtype)
     many = reference(q, k, v, ids, ids, **kinds)
     k_cache, v_cache = (to_bits(jnp.stack([-x, x, 2 * x])) for x in (k, v))

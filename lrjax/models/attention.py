@@ -167,45 +167,48 @@ def few_queries(
     soft_cap=None,
     scale=None,
 ):
-    """`reference` for a token or a few of each row (decoding) on a CPU, straight from one layer of a cache.
+    """`reference` for a token or a few of each row (decoding), straight from one layer of a cache.
 
-    Row by row, so that a row's keys and values stay in the processor's cache from being cut out to being multiplied: 32
-    rows of 1,152 tokens take half as long as all of them at once. And all key heads in one product, X = K * H wide: of
-    products with heads as a batch axis XLA makes transposed copies, which take longer than all else. So each query has
-    zeros where the other key heads stand; of the sums its own part is taken.
+    All key heads are in one product, X = K * H wide, so that keys and values are multiplied as they lie. With heads as
+    a batch axis XLA makes transposed copies: on a CPU of what it multiplies, which takes longer than all else, on a
+    GPU of the whole cache, which is there twice then. So each query has zeros where the other key heads stand; of the
+    sums its own part is taken. A CPU takes row by row, so that a row's keys and values stay in its cache from being
+    cut out to being multiplied: 32 rows of 1,152 tokens take half as long as all of them at once.
 
     Args:
         k_nBSKH, v_nBSKH: keys and values of all layers as a cache holds them (`lrjax.models.bits`).
         layer: index of the one that is attended to; may be traced.
         others: as in `attention`.
     """
-    B, L, N, H = q_BLNH.shape
+    B, _, N, H = q_BLNH.shape
     S, K = k_nBSKH.shape[2:4]
     own_NK1 = jnp.repeat(jnp.eye(K, dtype=q_BLNH.dtype), N // K, axis=0)[..., None]
     seen_BLS = _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window)
 
-    def row_of(x_nBSKH, b):
-        return from_bits(lax.dynamic_slice(x_nBSKH, (layer, b, 0, 0, 0), (1, 1, S, K, H))).reshape(
-            S, K * H
-        )
+    def cut(x_nBSKH, first, rows):
+        part = lax.dynamic_slice(x_nBSKH, (layer, first, 0, 0, 0), (1, rows, S, K, H))
+        return from_bits(part).reshape(rows, S, K * H)
 
-    def row(b):
-        q_LNX = (q_BLNH[b][:, :, None] * own_NK1).reshape(L, N, K * H)
-        scores_LNS = jnp.einsum(
-            "LNX,SX->LNS", q_LNX, row_of(k_nBSKH, b), preferred_element_type=jnp.float32
-        )
-        weights_LNS = _weights(scores_LNS, seen_BLS[b][:, None], H, soft_cap, scale)
-        v_SX = row_of(v_nBSKH, b)
+    def row(q_LNH, k_SX, v_SX, seen_LS):
+        q_LNX = (q_LNH[:, :, None] * own_NK1).reshape(-1, N, K * H)
+        scores_LNS = jnp.einsum("LNX,SX->LNS", q_LNX, k_SX, preferred_element_type=jnp.float32)
+        weights_LNS = _weights(scores_LNS, seen_LS[:, None], H, soft_cap, scale)
         out_LNX = jnp.einsum(
             "LNS,SX->LNX",
             weights_LNS.astype(v_SX.dtype),
             v_SX,
             preferred_element_type=jnp.float32,
         )
-        out_LNH = jnp.sum(out_LNX.reshape(L, N, K, H) * own_NK1, axis=2)
-        return out_LNH.astype(q_BLNH.dtype)
+        out_LNH = jnp.sum(out_LNX.reshape(-1, N, K, H) * own_NK1, axis=2)
+        return out_LNH.astype(q_LNH.dtype)
 
-    return lax.map(row, jnp.arange(B))
+    if sharding.current().platform != "cpu":
+        return jax.vmap(row)(q_BLNH, cut(k_nBSKH, 0, B), cut(v_nBSKH, 0, B), seen_BLS)
+
+    def row_number(b):
+        return row(q_BLNH[b], cut(k_nBSKH, b, 1)[0], cut(v_nBSKH, b, 1)[0], seen_BLS[b])
+
+    return lax.map(row_number, jnp.arange(B))
 
 
 def takes_few_queries(L: int, implementation: str) -> bool:
@@ -213,7 +216,7 @@ def takes_few_queries(L: int, implementation: str) -> bool:
     here = sharding.current()
     return (
         L <= FEW_QUERIES
-        and here.platform == "cpu"
+        and here.platform in ("cpu", "gpu")
         and not here.split
         and implementation in ("auto", "reference")
     )
