@@ -46,17 +46,16 @@ def run(name: str, length: int) -> None:
     from lrjax.checkpoints import loading
     from lrjax.longrecipe import scoring
     from lrjax.models import head
-    from lrjax.models.bits import ready
+    from lrjax.models.bits import from_bits, to_bits
     from lrjax.models.llama import Llama
 
-    config, params, _ = loading.load("smollm2")
-    config = dataclasses.replace(config, dtype="bfloat16")
+    config, base_params, _ = loading.load_for_reading("smollm2", "bfloat16")
     extended = dataclasses.replace(config, rope_theta=310_700.0, max_position_embeddings=16384)
-    base_params = jax.tree.map(jnp.asarray, params)
-    extended_params = jax.tree.map(lambda x: x * 1.001, base_params)
-    base_params, extended_params = ready(config, base_params), ready(config, extended_params)
-    jax.block_until_ready((base_params, extended_params))
-    del params
+
+    def larger(x):  # the changes have to be of models that differ
+        return jax.block_until_ready(to_bits((from_bits(x) * 1.001).astype(from_bits(x).dtype)))
+
+    extended_params = jax.tree.map(larger, base_params)
     tokens_BL = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
     positions_BL = np.arange(length, dtype=np.int32)[None]
     inputs = tokens_BL.astype(np.int32), positions_BL, np.ones((1, length), np.int32)

@@ -35,7 +35,7 @@ from lrjax.command import ProgramFlags, run_program
 from lrjax.data.jsonl import appender, read_appended
 from lrjax.errors import UserError
 from lrjax.longrecipe import ablation, dependency, impact, references, selection
-from lrjax.run import load_checkpoint, open_mesh
+from lrjax.run import load_for_reading, open_mesh
 
 _FLAGS = ProgramFlags()
 _METHODS = _FLAGS.DEFINE_list("methods", list(selection.METHODS), "Selections to look at.")
@@ -80,7 +80,7 @@ def measure(
     ids = scored[: documents or len(scored)]
     reader, wholes, hidden = None, [], []
     if lds_documents or ablation_documents:
-        reader = load_checkpoint(config, workdir, model)
+        reader = load_for_reading(config, workdir, model)
     if ablation_documents:
         asked = [samples.by_id(id_) for id_ in ids[:ablation_documents]]
         hidden = _without_parts(config, workdir, reader, asked, model=model, part=part)

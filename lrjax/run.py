@@ -13,6 +13,7 @@ from lrjax.data.sources import open_source
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models import COMPUTING
+from lrjax.models.bits import ready_leaf_by_leaf
 from lrjax.models.llama import LlamaConfig, abstract_params
 from lrjax.training.state import shardings_of
 
@@ -44,12 +45,22 @@ def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
 
 def load_checkpoint(config, workdir, name: str):
     """`(LlamaConfig, params)` of a checkpoint of the run, laid out on its mesh."""
+    return _load(config, workdir, name)
+
+
+def load_for_reading(config, workdir, name: str):
+    """`load_checkpoint` of what is only read: parameters as `models.bits.ready` has them, rounded on the way."""
+    model_config, params = _load(config, workdir, name, reading=config.model.dtype)
+    return model_config, ready_leaf_by_leaf(model_config, params)
+
+
+def _load(config, workdir, name, reading=None):
     path = checkpoint(workdir, name)
     if not orbax.is_model(path):
         raise UserError(f"{path}: not there; run the stages before this one first")
     model_config = orbax.load_config(path)
     shardings = shardings_of(abstract_params(model_config), open_mesh(config))
-    model_config, params = orbax.load_model(path, shardings)
+    model_config, params = orbax.load_model(path, shardings, reading)
     return run_config(config, model_config), params
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lrjax.checkpoints import huggingface
+from lrjax.checkpoints import huggingface, loading, orbax
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models import COMPUTING, head, llama
+from lrjax.models.bits import ready, ready_leaf_by_leaf
 from lrjax.sharding import make_mesh
 from lrjax.training.state import shardings_of
 
@@ -167,6 +168,25 @@ def test_half_precision_is_stored_as_it_is_and_read_as_float32(tmp_path, dtype):
     assert raw["dtype"] == raw["torch_dtype"] == np.dtype(dtype).name
     _, again = huggingface.load(tmp_path / "model")
     assert_same_bits(again, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
+
+
+@pytest.mark.parametrize("computing", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["huggingface", "lrjax", "lrjax on a mesh"])
+def test_a_model_for_reading_is_rounded_as_it_is_read(tmp_path, kind, computing):
+    params, path = random_params(TINY), tmp_path / "model"
+    halfway = np.float32([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8])  # to the even one
+    params["layers"]["gate"].reshape(-1)[:3] = params["embedding"].reshape(-1)[:3] = halfway
+    expected = ready(dataclasses.replace(TINY, dtype=computing), params)
+    (huggingface.save if kind == "huggingface" else orbax.save_model)(path, TINY, params)
+    if kind == "lrjax on a mesh":
+        mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+        config, found = orbax.load_model(path, shardings_of(params, mesh), computing)
+        found = ready_leaf_by_leaf(dataclasses.replace(config, dtype=computing), found)
+        assert found["layers"]["gate"].sharding.num_devices == 4
+    else:
+        config, found, _ = loading.load_for_reading(path, computing)
+        assert config == dataclasses.replace(TINY, dtype=computing)
+    assert_same_bits(jax.device_get(found), jax.device_get(expected))
 
 
 def test_tokenizer_is_written_along(tmp_path):

@@ -22,6 +22,7 @@ from absl import logging
 
 from lrjax import sharding
 from lrjax.errors import UserError
+from lrjax.models.bits import dtype_for_reading
 from lrjax.models.llama import LlamaConfig, abstract_params
 
 MODEL_FILE = "model.json"
@@ -67,12 +68,13 @@ def load_config(path) -> LlamaConfig:
         raise UserError(f"{file}: not a readable model description: {error}") from error
 
 
-def load_model(path, shardings=None):
+def load_model(path, shardings=None, reading: str | None = None):
     """Reads a model directory: `(LlamaConfig, params)`.
 
     Args:
         path: a directory written by `save_model`.
         shardings: a tree of shardings for the parameters, or None for the first local device.
+        reading: as in `tensors.gather`; without it every array keeps its dtype.
 
     Raises:
         UserError: no model there, or its arrays are missing, extra or misshapen (all of them named).
@@ -91,7 +93,7 @@ def load_model(path, shardings=None):
             ) from error
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            _checked(stored, config, path),
+            _checked(stored, config, path, reading),
             shardings,
         )
         try:
@@ -102,8 +104,8 @@ def load_model(path, shardings=None):
             ) from error
 
 
-def _checked(stored, config, path):
-    """The stored shapes and dtypes as a tree, compared with what the config says."""
+def _checked(stored, config, path, reading):
+    """The stored shapes and the dtypes to read as a tree, compared with what the config says."""
     expected = {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(abstract_params(config))}
     found = {
         _name(p): leaf
@@ -118,11 +120,14 @@ def _checked(stored, config, path):
     ]
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        stored,
-        is_leaf=lambda x: hasattr(x, "shape"),
-    )
+
+    def wanted(path, leaf):
+        dtype = leaf.dtype
+        if reading:
+            dtype = dtype_for_reading(path[-1].key, len(leaf.shape), dtype, reading)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map_with_path(wanted, stored, is_leaf=lambda x: hasattr(x, "shape"))
 
 
 def _name(path) -> str:

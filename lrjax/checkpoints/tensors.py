@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lrjax.errors import UserError
 from lrjax.models import llama
+from lrjax.models.bits import dtype_for_reading
 
 _KEPT = {"embedding"}  # stored as [V, D] everywhere, for it is looked up, not multiplied
 _INPUT_AXES = {"layers/o": 2}  # o takes heads and head width; every other matrix has one input axis
@@ -72,6 +73,7 @@ def gather(
     stored: Mapping[Slot, Stored],
     *,
     dtype: str = "float32",
+    reading: str | None = None,
     shardings=None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
@@ -82,6 +84,8 @@ def gather(
     Args:
         stored: all tensors of the model.
         dtype: of the leaves, or "stored": each as it is in the file (layers that differ: what holds them all).
+        reading: the dtype that a model which is only read computes in: then float32 matrices are in it
+            (`models.bits.dtype_for_reading`).
         shardings: a tree like the parameters, or a function from the config to one; None: the first device.
         progress: called with (bytes read, bytes in all) after each tensor.
     """
@@ -96,6 +100,11 @@ def gather(
         dtypes[slot.leaf] = jnp.promote_types(known, tensor.dtype)
     if dtype != "stored":
         dtypes = dict.fromkeys(dtypes, np.dtype(dtype))
+    if reading:
+        dtypes = {
+            leaf: dtype_for_reading(leaf.rsplit("/", 1)[-1], len(shapes[leaf]), kind, reading)
+            for leaf, kind in dtypes.items()
+        }
 
     def read(slot: Slot, tensor: Stored) -> jax.Array:
         sharding = _part_sharding(slot, of_leaf.get(slot.leaf, single))

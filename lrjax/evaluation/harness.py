@@ -12,7 +12,6 @@ Tasks of the harness that run what the model wrote (HumanEval) are refused: `pyt
 --run_code` runs it in a sandbox.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,6 @@ from lrjax.errors import UserError
 from lrjax.evaluation.perplexity import token_losses
 from lrjax.evaluation.questions import before_stop
 from lrjax.evaluation.reader import Reader, answers
-from lrjax.models.bits import ready
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -59,16 +57,14 @@ class LrjaxLM(TemplateLM):
         if extra := given - {"max_batch_size", "device"}:  # the harness passes these two by itself
             raise UserError(f"model_args: unknown {', '.join(sorted(extra))}; allowed: pretrained, dtype, "
                             "max_length, tokenizer, batch_size")  # fmt: skip
-        config, params, own = loading.load(pretrained)
+        self.config, self.params, own = loading.load_for_reading(pretrained, dtype)
         spec = tokenizer or own
         if spec is None:
             raise UserError(
                 f"{pretrained}: the checkpoint brings no tokenizer; allowed: tokenizer=PATH"
             )
-        self.config = dataclasses.replace(config, dtype=dtype)
-        self.params = ready(self.config, params)
         self.tokenizer = load_tokenizer(spec)
-        self.max_length = int(max_length or config.max_position_embeddings)
+        self.max_length = int(max_length or self.config.max_position_embeddings)
         self._batch_size = 1 if batch_size in (None, "auto") else int(batch_size)
         self._name = str(pretrained)
 

@@ -46,16 +46,37 @@ def ready(config, params):
     """Parameters for reading, on the device: matrices in the compute dtype of `config`, those of layers as `to_bits`.
 
     The model rounds them the same way at every use, so nothing changes but time, and memory: half of float32's. Norm
-    scales and biases stay.
+    scales and biases stay. Of what is read from a checkpoint, `loading.load(..., reading=)` makes the same.
     """
+    return jax.tree.map_with_path(
+        lambda path, value: _ready(config, [key.key for key in path], value), params
+    )
 
-    def leaf(path, value):
-        value = jnp.asarray(value)
-        name = str(path[-1].key)
-        if value.ndim < 2 or "norm" in name or "bias" in name:
-            return value
-        if value.dtype == jnp.float32:
-            value = value.astype(config.dtype)
-        return to_bits(value) if path[0].key == "layers" else value
 
-    return jax.tree.map_with_path(leaf, params)
+def ready_leaf_by_leaf(config, params: dict) -> dict:
+    """`ready` of a tree that is emptied on the way, so that only of one leaf there are two."""
+
+    def taken(tree, path):
+        found = {}
+        for name in list(tree):
+            value, here = tree.pop(name), [*path, name]
+            made = taken(value, here) if isinstance(value, dict) else _ready(config, here, value)
+            found[name] = jax.block_until_ready(made)
+        return found
+
+    return taken(params, [])
+
+
+def dtype_for_reading(name: str, ndim: int, dtype, computing):
+    """The dtype in which `ready` has a leaf of another one."""
+    return jnp.dtype(computing if _is_matrix(name, ndim) and dtype == jnp.float32 else dtype)
+
+
+def _ready(config, path, value):
+    value, name = jnp.asarray(value), path[-1]
+    value = value.astype(dtype_for_reading(name, value.ndim, value.dtype, config.dtype))
+    return to_bits(value) if path[0] == "layers" and _is_matrix(name, value.ndim) else value
+
+
+def _is_matrix(name, ndim):
+    return ndim > 1 and "norm" not in name and "bias" not in name

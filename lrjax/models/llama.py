@@ -42,6 +42,8 @@ from lrjax.models.linear import linear
 from lrjax.models.rope import PLAIN, RopeScaling, apply_rope, rope_angles
 from lrjax.sharding import constrain, current
 
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
 # What the backward pass finds in memory and what it computes again; "none" keeps everything. Under "full" that is
 # what enters each layer; "offload" moves this to the host's memory: a long sequence then costs the device little.
 REMAT_POLICIES = {
@@ -175,7 +177,7 @@ class LlamaConfig:
                 f"model.attention_block: {self.attention_block}; allowed: multiples of {LANES}"
             )
         for name, allowed in (
-            ("dtype", ("bfloat16", "float32")),
+            ("dtype", COMPUTE_DTYPES),
             ("remat", tuple(REMAT_POLICIES)),
             ("attention", IMPLEMENTATIONS),
             ("context_parallel", context.CONTEXT_PARALLEL),
