@@ -152,6 +152,7 @@ def _suite_tasks(config, tokenizer) -> dict:
         )
     prompter = Prompter(tokenizer, section.chat)
     makers = suite.Suite(options, prompter)
+    prompter.tell_what_is_left_out("config.evaluate.suite", "config.evaluate.suite.chat")
     lengths: dict[str, list] = {}
     for name, length in options.pairs():
         lengths.setdefault(name, []).append(length)

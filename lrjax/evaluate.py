@@ -146,11 +146,6 @@ def main(argv) -> None:
                 f"{path}: the checkpoint brings no tokenizer; allowed: --tokenizer=PATH"
             )
         tokenizer = load_tokenizer(spec)
-        if tokenizer.chat_template is not None and not _CHAT.value and options.pairs():
-            logging.warning(
-                "%s: the tokenizer has a chat template, and the questions are asked without it; --chat asks in it",
-                path,
-            )
         found[name] = evaluate(
             options, config, params, tokenizer, out, name, str(path),
             key_evaluator=_KEY_EVALUATOR.value or checkpoints[0],
@@ -219,6 +214,8 @@ def evaluate(
     """Asks one checkpoint everything; returns and writes its results. `key_evaluator`: LongPPL's; "": itself."""
     prompter = Prompter(tokenizer, _CHAT.value)
     made = suite.Suite(options, prompter)
+    if options.pairs():
+        prompter.tell_what_is_left_out(path, "--chat")
     answer = questions.lrjax_answerer(
         config, params, tokenizer, batch_size=_BATCH_SIZE.value, temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value, seed=_SEED.value,

@@ -8,12 +8,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
 from configs import tiny
-from lrjax import evaluate, provenance, workdir
+from lrjax import assessment, evaluate, provenance, workdir
 from lrjax import results as results_page
 from lrjax.checkpoints import orbax
-from lrjax.data.tokenizers import byte_tokenizer
+from lrjax.data.tokenizers import byte_tokenizer, load_tokenizer
 from lrjax.errors import UserError
 from lrjax.evaluation import suite
 from lrjax.evaluation.suite import Options
@@ -143,9 +144,7 @@ def test_checkpoints_side_by_side(checkpoints, tmp_path):
 
 def test_a_chat_template_that_is_left_out_is_named(checkpoints, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(
-        evaluate.logging, "warning", lambda text, *values: told.append(text % values)
-    )
+    monkeypatch.setattr(logging, "warning", lambda text, *values: told.append(text % values))
     command = "--tasks=number", "--lengths=1024", "--samples=1", "--depths=0.5"
     run(checkpoints[0], *command, f"--out={tmp_path / 'none'}")
     assert not told
@@ -158,6 +157,10 @@ def test_a_chat_template_that_is_left_out_is_named(checkpoints, tmp_path, monkey
     told.clear()
     run(spec, *command, "--chat", f"--out={tmp_path / 'chat'}")
     assert not told
+    inside = tiny.get_config().unlock()  # a run
+    inside.evaluate.suite.update(tasks=("vt",), lengths=(1024,), samples=1)
+    assessment._suite_tasks(inside, load_tokenizer(model / "tokenizer"))
+    assert "config.evaluate.suite.chat asks in it" in told[0]
     prompt = json.loads((tmp_path / "chat" / "model" / "results.json").read_text())
     assert prompt["results"]["number"]["1024"]["samples"][0]["prompt"].startswith("[")
 

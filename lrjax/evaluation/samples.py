@@ -13,6 +13,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from lrjax.data.jsonl import read_jsonl
 from lrjax.errors import UserError
@@ -82,6 +83,14 @@ class Prompter:
                 "--chat: the tokenizer has no chat template; allowed: a checkpoint with one "
                 "(tokenizer_config.json or chat_template.jinja), or no --chat"
             )
+
+    def tell_what_is_left_out(self, of: str, how: str) -> None:
+        """Warns where questions are asked without the chat template that there is; `how` they are asked in it."""
+        if self.tokenizer.chat_template is not None and not self.chat:
+            logging.warning(
+                "%s: the tokenizer has a chat template, and the questions are asked without it; %s asks in it",
+                of, how,
+            )  # fmt: skip
 
     def text(self, sample: Sample) -> str:
         """The whole prompt as text; a chat template's own bos is part of it."""
