@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lrjax import sharding
 from lrjax.errors import UserError
+from lrjax.models import attention as attention_module
 from lrjax.models import blockwise as blockwise_module
-from lrjax.models.attention import attention, choose, few_queries, reference
+from lrjax.models.attention import attention, choose, few_queries, reference, wide
 from lrjax.models.bits import rounded, to_bits
 from lrjax.models.blockwise import blockwise
 from lrjax.models.gpu_attention import after_cache, cudnn, triton
@@ -187,22 +188,45 @@ def test_blockwise_is_reference_with_sliding_window_and_soft_cap(small_blocks, k
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # row by row, and all rows at once
-def test_few_queries_attend_to_their_layer_of_a_cache_as_among_many(
-    monkeypatch, platform, count, kinds, dtype
-):
+def test_few_queries_attend_to_their_layer_of_a_cache_as_among_many(count, kinds, dtype):
     """N, K and padding in the last rows' segments included."""
-    monkeypatch.setattr(sharding.Layout, "platform", platform)
     q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3, dtype=dtype)
     many = reference(q, k, v, ids, ids, **kinds)
     k_cache, v_cache = (to_bits(jnp.stack([-x, x, 2 * x])) for x in (k, v))
     few = jax.jit(functools.partial(few_queries, **kinds))(
         q[:, -count:], k_cache, v_cache, 1, ids[:, -count:], ids, 40 - count
     )
-    assert few.dtype == dtype
+    assert_same_attention(few, many[:, -count:], dtype)
+
+
+def assert_same_attention(got, expected, dtype):
+    assert got.dtype == dtype
     tolerance = 2e-6 if dtype == jnp.float32 else 2**-7  # a unit of bfloat16's last place at 1
-    few, many = (x.astype(jnp.float32) for x in (few, many[:, -count:]))
-    np.testing.assert_allclose(few, many, atol=tolerance)
+    got, expected = (x.astype(jnp.float32) for x in (got, expected))
+    np.testing.assert_allclose(got, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 3}])
+def test_decoding_on_a_gpu_has_all_key_heads_in_one_product(monkeypatch, axes, kinds, dtype):
+    q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3, dtype=dtype)
+    many = reference(q, k, v, ids, ids, **kinds)
+    monkeypatch.setattr(sharding.Layout, "platform", "gpu")
+    taken = []
+
+    def told(*args, **keywords):
+        taken.append(args[0].shape[2])
+        return wide(*args, **keywords)
+
+    monkeypatch.setattr(attention_module, "wide", told)
+    traced = {"window": kinds["window"]} if "window" in kinds else {}  # as where layers differ
+    with sharding.layout(sharding.make_mesh(axes) if axes else None):
+        few = jax.jit(lambda *inputs, **traced: attention(*inputs, **(kinds | traced)))(
+            q[:, -3:], k, v, ids[:, -3:], ids, jnp.int32(37), **traced
+        )
+    assert taken == [6 // axes.get("tensor", 1)]  # a device's own heads
+    assert_same_attention(few, many[:, -3:], dtype)
 
 
 @pytest.mark.parametrize(

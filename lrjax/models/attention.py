@@ -9,7 +9,8 @@ by index, never by the value of a position. The implementations are tested again
 * `triton`, `cudnn` (`lrjax.models.gpu_attention`): NVIDIA GPUs; packed documents and queries that a cache goes
   before, rows of one document.
 * `blockwise` (`lrjax.models.blockwise`): any platform, memory linear in L, work only where something is seen.
-* `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences.
+* `reference`: scores written out, [L, S] for every head. For reading, for tests, for short sequences; decoding has it
+  in another form on GPUs (`wide`) and CPUs (`few_queries`).
 
 One that cannot serve a request raises `UserError`. `auto` takes `reference` where the scores are few, else what suits
 the platform that the program is for, and logs the choice. On several devices (`lrjax.sharding`) every device attends
@@ -104,14 +105,16 @@ def attention(
             f"model.attention {implementation!r}: wants the sequence whole, model.context_parallel is "
             f"{context_parallel!r}; allowed: blockwise, or model.context_parallel=ulysses"
         )
-    kernel = functools.partial(
-        _kernel(implementation, here.platform, block), window=window, soft_cap=soft_cap, scale=scale
-    )
+    by_xla = implementation == "reference" and not shared
+    kernel = _kernel(implementation, here.platform, block)
+    if by_xla and not own_keys and _wants_wide(q_BLNH, k_BSKH):
+        kernel, by_xla = wide, False
+    kernel = functools.partial(kernel, window=window, soft_cap=soft_cap, scale=scale)
     if shared and context_parallel == "ring":
         kernel = _part(implementation, here.platform, block, soft_cap, scale)
     inputs = (q_BLNH, k_BSKH, v_BSKH, q_segment_ids_BL, k_segment_ids_BS, q_offset)
     # XLA splits plain products by itself, over heads and over the keys of a cache; of a kernel it knows nothing.
-    if not here.split or (implementation == "reference" and not shared):
+    if not here.split or by_xla:
         out_BLNH = kernel(*inputs)
     else:
         out_BLNH = context.split_attention(
@@ -154,6 +157,30 @@ def reference(
     return out_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)
 
 
+def wide(
+    q_BLNH,
+    k_BSKH,
+    v_BSKH,
+    q_segment_ids_BL,
+    k_segment_ids_BS,
+    q_offset=0,
+    *,
+    window=None,
+    soft_cap=None,
+    scale=None,
+):
+    """`reference` for a token or a few of each row (decoding) on a GPU. Arguments as in `attention`.
+
+    All key heads are in one product, X = K * H wide, so that keys and values are multiplied as they lie: with heads as
+    a batch axis XLA keeps a transposed copy of the whole cache. So each query has zeros where the other key heads
+    stand; of the sums its own part is taken.
+    """
+    B, S, K, H = k_BSKH.shape
+    seen_BLS = _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window)
+    row = functools.partial(_wide_row, K=K, soft_cap=soft_cap, scale=scale)
+    return jax.vmap(row)(q_BLNH, k_BSKH.reshape(B, S, K * H), v_BSKH.reshape(B, S, K * H), seen_BLS)
+
+
 def few_queries(
     q_BLNH,
     k_nBSKH,
@@ -167,48 +194,44 @@ def few_queries(
     soft_cap=None,
     scale=None,
 ):
-    """`reference` for a token or a few of each row (decoding), straight from one layer of a cache.
+    """`wide` for a CPU, straight from one layer of a cache.
 
-    All key heads are in one product, X = K * H wide, so that keys and values are multiplied as they lie. With heads as
-    a batch axis XLA makes transposed copies: on a CPU of what it multiplies, which takes longer than all else, on a
-    GPU of the whole cache, which is there twice then. So each query has zeros where the other key heads stand; of the
-    sums its own part is taken. A CPU takes row by row, so that a row's keys and values stay in its cache from being
-    cut out to being multiplied: 32 rows of 1,152 tokens take half as long as all of them at once.
+    Row by row, so that a row's keys and values stay in the processor's cache from being cut out to being multiplied: 32
+    rows of 1,152 tokens take half as long as all of them at once. What heads as a batch axis cost here is transposed
+    copies of what is multiplied, which take longer than all else.
 
     Args:
         k_nBSKH, v_nBSKH: keys and values of all layers as a cache holds them (`lrjax.models.bits`).
         layer: index of the one that is attended to; may be traced.
         others: as in `attention`.
     """
-    B, _, N, H = q_BLNH.shape
-    S, K = k_nBSKH.shape[2:4]
-    own_NK1 = jnp.repeat(jnp.eye(K, dtype=q_BLNH.dtype), N // K, axis=0)[..., None]
+    S, K, H = k_nBSKH.shape[2:]
     seen_BLS = _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window)
 
-    def cut(x_nBSKH, first, rows):
-        part = lax.dynamic_slice(x_nBSKH, (layer, first, 0, 0, 0), (1, rows, S, K, H))
-        return from_bits(part).reshape(rows, S, K * H)
-
-    def row(q_LNH, k_SX, v_SX, seen_LS):
-        q_LNX = (q_LNH[:, :, None] * own_NK1).reshape(-1, N, K * H)
-        scores_LNS = jnp.einsum("LNX,SX->LNS", q_LNX, k_SX, preferred_element_type=jnp.float32)
-        weights_LNS = _weights(scores_LNS, seen_LS[:, None], H, soft_cap, scale)
-        out_LNX = jnp.einsum(
-            "LNS,SX->LNX",
-            weights_LNS.astype(v_SX.dtype),
-            v_SX,
-            preferred_element_type=jnp.float32,
+    def row_of(x_nBSKH, b):
+        return from_bits(lax.dynamic_slice(x_nBSKH, (layer, b, 0, 0, 0), (1, 1, S, K, H))).reshape(
+            S, K * H
         )
-        out_LNH = jnp.sum(out_LNX.reshape(-1, N, K, H) * own_NK1, axis=2)
-        return out_LNH.astype(q_LNH.dtype)
 
-    if sharding.current().platform != "cpu":
-        return jax.vmap(row)(q_BLNH, cut(k_nBSKH, 0, B), cut(v_nBSKH, 0, B), seen_BLS)
+    def row(b):
+        k_SX, v_SX = row_of(k_nBSKH, b), row_of(v_nBSKH, b)
+        return _wide_row(q_BLNH[b], k_SX, v_SX, seen_BLS[b], K=K, soft_cap=soft_cap, scale=scale)
 
-    def row_number(b):
-        return row(q_BLNH[b], cut(k_nBSKH, b, 1)[0], cut(v_nBSKH, b, 1)[0], seen_BLS[b])
+    return lax.map(row, jnp.arange(len(q_BLNH)))
 
-    return lax.map(row_number, jnp.arange(B))
+
+def _wide_row(q_LNH, k_SX, v_SX, seen_LS, *, K, soft_cap, scale):
+    """One row of `wide`."""
+    L, N, H = q_LNH.shape
+    own_NK1 = jnp.repeat(jnp.eye(K, dtype=q_LNH.dtype), N // K, axis=0)[..., None]
+    q_LNX = (q_LNH[:, :, None] * own_NK1).reshape(L, N, K * H)
+    scores_LNS = jnp.einsum("LNX,SX->LNS", q_LNX, k_SX, preferred_element_type=jnp.float32)
+    weights_LNS = _weights(scores_LNS, seen_LS[:, None], H, soft_cap, scale)
+    out_LNX = jnp.einsum(
+        "LNS,SX->LNX", weights_LNS.astype(v_SX.dtype), v_SX, preferred_element_type=jnp.float32
+    )
+    out_LNH = jnp.sum(out_LNX.reshape(L, N, K, H) * own_NK1, axis=2)
+    return out_LNH.astype(q_LNH.dtype)
 
 
 def takes_few_queries(L: int, implementation: str) -> bool:
@@ -216,9 +239,22 @@ def takes_few_queries(L: int, implementation: str) -> bool:
     here = sharding.current()
     return (
         L <= FEW_QUERIES
-        and here.platform in ("cpu", "gpu")
+        and here.platform == "cpu"
         and not here.split
         and implementation in ("auto", "reference")
+    )
+
+
+def _wants_wide(q_BLNH, k_BSKH) -> bool:
+    """Whether `wide` is the better `reference` behind a cache: a GPU's, whole along the length, and few queries."""
+    here = sharding.current()
+    tensor = here.size("heads")
+    return (
+        here.platform == "gpu"
+        and q_BLNH.shape[1] <= FEW_QUERIES
+        and here.size("length") == 1
+        and k_BSKH.shape[2] % tensor == 0
+        and q_BLNH.shape[2] % tensor == 0
     )
 
 
