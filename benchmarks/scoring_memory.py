@@ -52,8 +52,9 @@ def run(name: str, length: int) -> None:
     config, base_params, _ = loading.load_for_reading("smollm2", "bfloat16")
     extended = dataclasses.replace(config, rope_theta=310_700.0, max_position_embeddings=16384)
 
-    def larger(x):  # the changes have to be of models that differ
-        return jax.block_until_ready(to_bits((from_bits(x) * 1.001).astype(from_bits(x).dtype)))
+    def larger(x):
+        values = (1.01 * from_bits(x).astype(jnp.float32)).astype(from_bits(x).dtype)
+        return jax.block_until_ready(to_bits(values) if x.dtype == jnp.uint16 else values)
 
     extended_params = jax.tree.map(larger, base_params)
     tokens_BL = np.random.default_rng(0).integers(config.vocab_size, size=(1, length))
@@ -118,7 +119,7 @@ def run_transformers(length: int, folder: pathlib.Path) -> None:
     extended = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in extended.parameters():
-            parameter.mul_(1.001)
+            parameter.mul_(1.01)
     vocab_size = base.config.vocab_size
     tokens_BL = torch.from_numpy(np.random.default_rng(0).integers(vocab_size, size=(1, length)))
     tokens_BL = tokens_BL.to(contenders.torch_device())

@@ -47,19 +47,23 @@ def evaluate(config, workdir):
             for task, function in tasks.items()
             if not (workdir / "evaluation" / name / f"{task}.json").exists()
         }
-        if missing:
-            model = load_for_reading(config, workdir, name)
-        for task, function in missing.items():
-            logging.info("evaluate: %s of %s", task, name)
-            result, sequences, length = function(*model, workdir / "evaluation" / name)
-            wd.write_json(workdir / "evaluation" / name / f"{task}.json", result)
-            used["tokens"] += sequences * length
-            used["flops"] += forward_flops(model[0], sequences, length)
+        for tokens, flops in _evaluate_checkpoint(config, workdir, name, missing):
+            used = {"tokens": used["tokens"] + tokens, "flops": used["flops"] + flops}
     if config.evaluate.lds.documents and not (workdir / "evaluation" / "lds.json").exists():
         _long_dependency(config, workdir)
     if config.merge.curve and not (workdir / "evaluation" / "merge_curve.json").exists():
         _merge_curve(config, workdir, tasks)
     return used
+
+
+def _evaluate_checkpoint(config, workdir, name, tasks):
+    """Runs tasks of one checkpoint, which is let go of before the next one is read: (tokens, FLOPs) of each."""
+    model = load_for_reading(config, workdir, name) if tasks else None
+    for task, function in tasks.items():
+        logging.info("evaluate: %s of %s", task, name)
+        result, sequences, length = function(*model, workdir / "evaluation" / name)
+        wd.write_json(workdir / "evaluation" / name / f"{task}.json", result)
+        yield sequences * length, forward_flops(model[0], sequences, length)
 
 
 def _long_dependency(config, workdir) -> None:
@@ -152,7 +156,6 @@ def _suite_tasks(config, tokenizer) -> dict:
         )
     prompter = Prompter(tokenizer, section.chat)
     makers = suite.Suite(options, prompter)
-    prompter.tell_what_is_left_out("config.evaluate.suite", "config.evaluate.suite.chat")
     lengths: dict[str, list] = {}
     for name, length in options.pairs():
         lengths.setdefault(name, []).append(length)
@@ -161,6 +164,8 @@ def _suite_tasks(config, tokenizer) -> dict:
         made = {}  # the questions are the same for every checkpoint
 
         def run(model_config, params, folder=None):
+            if not made:
+                prompter.tell_what_is_left_out(f"evaluate: {name}", "config.evaluate.suite.chat")
             answer = questions.lrjax_answerer(
                 model_config, ready(model_config, params), tokenizer, batch_size=section.batch_size
             )

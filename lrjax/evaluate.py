@@ -139,21 +139,23 @@ def main(argv) -> None:
         raise UserError("no checkpoint is named; allowed: one and more, or --generate_only")
     found = {}
     for name, path in _named(checkpoints).items():
-        config, params, spec = loading.load_for_reading(path, _DTYPE.value)
-        spec = _TOKENIZER.value or spec
-        if spec is None:
-            raise UserError(
-                f"{path}: the checkpoint brings no tokenizer; allowed: --tokenizer=PATH"
-            )
-        tokenizer = load_tokenizer(spec)
-        found[name] = evaluate(
-            options, config, params, tokenizer, out, name, str(path),
-            key_evaluator=_KEY_EVALUATOR.value or checkpoints[0],
-        )  # fmt: skip
+        found[name] = _evaluate_checkpoint(options, out, name, path, checkpoints[0])
     differences = _against_the_first(found, out)
     text = markdown({name: result["summary"] for name, result in found.items()}, differences)
     (out / "comparison.md").write_text(text)
     print(text)
+
+
+def _evaluate_checkpoint(options, out, name: str, path: str, first: str) -> dict:
+    """Reads a checkpoint and asks it; it is let go of before the next one is read."""
+    config, params, spec = loading.load_for_reading(path, _DTYPE.value)
+    spec = _TOKENIZER.value or spec
+    if spec is None:
+        raise UserError(f"{path}: the checkpoint brings no tokenizer; allowed: --tokenizer=PATH")
+    return evaluate(
+        options, config, params, load_tokenizer(spec), out, name, str(path),
+        key_evaluator=_KEY_EVALUATOR.value or first,
+    )  # fmt: skip
 
 
 def _options() -> suite.Options:

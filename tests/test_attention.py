@@ -206,6 +206,20 @@ def assert_same_attention(got, expected, dtype):
     np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("rule", [{"kv_heads": ""}, {"heads": ""}, {"heads": "fsdp"}])
+def test_heads_that_are_split_otherwise_than_their_keys(monkeypatch, rule):
+    """No device has the keys of its heads: XLA's products do it, the kernels refuse."""
+    q, k, v, ids, _ = make_inputs(9, L=40, N=6, K=3)
+    inputs = q[:, -3:], k, v, ids[:, -3:], ids, jnp.int32(37)
+    expected = reference(*inputs)
+    monkeypatch.setattr(sharding.Layout, "platform", "gpu")
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 3})
+    with sharding.layout(mesh, {"batch": "data"} | rule):
+        assert_same_attention(jax.jit(attention)(*inputs), expected, jnp.float32)
+        with pytest.raises(UserError, match=r"heads are split over|does not divide the 6 heads"):
+            attention(q, k, v, ids, ids, implementation="blockwise")
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kinds", [{}, {"window": 7}, {"soft_cap": 1.5, "scale": 0.8}])
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 3}])

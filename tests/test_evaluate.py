@@ -158,9 +158,11 @@ def test_a_chat_template_that_is_left_out_is_named(checkpoints, tmp_path, monkey
     run(spec, *command, "--chat", f"--out={tmp_path / 'chat'}")
     assert not told
     inside = tiny.get_config().unlock()  # a run
-    inside.evaluate.suite.update(tasks=("vt",), lengths=(1024,), samples=1)
-    assessment._suite_tasks(inside, load_tokenizer(model / "tokenizer"))
-    assert "config.evaluate.suite.chat asks in it" in told[0]
+    inside.evaluate.suite.update(tasks=("number",), lengths=(1024,), samples=1, depths=(0.5,))
+    tasks = assessment._suite_tasks(inside, load_tokenizer(model / "tokenizer"))
+    for _ in range(2):
+        tasks["number"](*orbax.load_model(model))
+    assert len(told) == 1 and "config.evaluate.suite.chat asks in it" in told[0]
     prompt = json.loads((tmp_path / "chat" / "model" / "results.json").read_text())
     assert prompt["results"]["number"]["1024"]["samples"][0]["prompt"].startswith("[")
 

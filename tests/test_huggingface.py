@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from lrjax.checkpoints import huggingface, loading, orbax
+from lrjax.checkpoints.tensors import flatten
 from lrjax.data.tokenizers import load_tokenizer
 from lrjax.errors import UserError
 from lrjax.models import COMPUTING, head, llama
@@ -181,9 +182,13 @@ def test_a_model_for_reading_is_rounded_as_it_is_read(tmp_path, kind, computing)
     if kind == "lrjax on a mesh":
         mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
         config, found = orbax.load_model(path, shardings_of(params, mesh), computing)
+        assert found["layers"]["gate"].dtype == computing
         found = ready_leaf_by_leaf(dataclasses.replace(config, dtype=computing), found)
         assert found["layers"]["gate"].sharding.num_devices == 4
     else:
+        as_read = flatten(loading.load(path, reading=computing)[1])  # before anything else rounds
+        assert {as_read[leaf].dtype for leaf in ("embedding", "layers/q", "head")} == {np.dtype(computing)}
+        assert as_read["layers/attention_norm"].dtype == as_read["final_norm"].dtype == np.float32
         config, found, _ = loading.load_for_reading(path, computing)
         assert config == dataclasses.replace(TINY, dtype=computing)
     assert_same_bits(jax.device_get(found), jax.device_get(expected))

@@ -51,7 +51,7 @@ def load(path: str | Path, **how) -> tuple[LlamaConfig, dict]:
     """A model from a GGUF file.
 
     Args:
-        how: dtype, shardings and progress as `tensors.gather` takes them; "stored" is float32.
+        how: dtype, reading, shardings and progress as `tensors.gather` takes them; "stored" is float32.
 
     Returns:
         Its config and its parameter tree (see `models.llama`).

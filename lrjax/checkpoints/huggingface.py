@@ -37,7 +37,7 @@ def load(directory: str | Path, **how) -> tuple[LlamaConfig, dict]:
     """A model from a directory with config.json and safetensors, one file or several with an index.
 
     Args:
-        how: dtype, shardings and progress as `tensors.gather` takes them; by default float32 on one device.
+        how: dtype, reading, shardings and progress as `tensors.gather` takes them; by default float32 on one device.
 
     Returns:
         Its config and its parameter tree (see `models.llama`).

@@ -248,14 +248,10 @@ def takes_few_queries(L: int, implementation: str) -> bool:
 def _wants_wide(q_BLNH, k_BSKH) -> bool:
     """Whether `wide` is the better `reference` behind a cache: a GPU's, whole along the length, and few queries."""
     here = sharding.current()
-    tensor = here.size("heads")
-    return (
-        here.platform == "gpu"
-        and q_BLNH.shape[1] <= FEW_QUERIES
-        and here.size("length") == 1
-        and k_BSKH.shape[2] % tensor == 0
-        and q_BLNH.shape[2] % tensor == 0
-    )
+    if here.platform != "gpu" or q_BLNH.shape[1] > FEW_QUERIES:
+        return False
+    by_device = here.size("length") == 1 and k_BSKH.shape[2] % here.size("heads") == 0
+    return not here.split or (by_device and context.heads_go_together(q_BLNH, k_BSKH))
 
 
 def _seen(q_segment_ids_BL, k_segment_ids_BS, q_offset, window):

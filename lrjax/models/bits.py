@@ -46,7 +46,7 @@ def ready(config, params):
     """Parameters for reading, on the device: matrices in the compute dtype of `config`, those of layers as `to_bits`.
 
     The model rounds them the same way at every use, so nothing changes but time, and memory: half of float32's. Norm
-    scales and biases stay. Of what is read from a checkpoint, `loading.load(..., reading=)` makes the same.
+    scales and biases stay. `checkpoints.loading.load_for_reading` makes the same while it reads.
     """
     return jax.tree.map_with_path(
         lambda path, value: _ready(config, [key.key for key in path], value), params

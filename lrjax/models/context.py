@@ -66,6 +66,13 @@ def check_length(length: int, implementation: str, context_parallel: str) -> Non
 # ---------------------------------------------------------------------------------------------- attention
 
 
+def heads_go_together(q_BLNH, k_BSKH) -> bool:
+    """Whether the layout gives every device the key heads of its query heads, so that it can attend by itself."""
+    here = sharding.current()
+    q_spec = here.spec(("batch", None, "heads", None), q_BLNH.shape)
+    return q_spec[2] == here.spec(("batch", None, "kv_heads", None), k_BSKH.shape)[2]
+
+
 def split_attention(
     kernel,
     q_BLNH,
@@ -95,6 +102,11 @@ def split_attention(
     if K % tensor or N % tensor:
         raise UserError(
             f"config.mesh.tensor {tensor} does not divide the {N} heads and {K} key heads of the model"
+        )
+    if not heads_go_together(q_BLNH, k_BSKH):
+        raise UserError(
+            f"config.rules: heads are split over {here.axes('heads')}, kv_heads over {here.axes('kv_heads')}; allowed "
+            "for the kernels of attention: both over the same axes of the mesh"
         )
     length = "length" if own_keys(q_BLNH.shape[1], k_BSKH.shape[1], q_offset) else None
     if length and n > 1 and context_parallel == "ulysses" and (K // tensor) % n:
