@@ -187,7 +187,9 @@ def test_a_model_for_reading_is_rounded_as_it_is_read(tmp_path, kind, computing)
         assert found["layers"]["gate"].sharding.num_devices == 4
     else:
         as_read = flatten(loading.load(path, reading=computing)[1])  # before anything else rounds
-        assert {as_read[leaf].dtype for leaf in ("embedding", "layers/q", "head")} == {np.dtype(computing)}
+        assert {as_read[leaf].dtype for leaf in ("embedding", "layers/q", "head")} == {
+            np.dtype(computing)
+        }
         assert as_read["layers/attention_norm"].dtype == as_read["final_norm"].dtype == np.float32
         config, found, _ = loading.load_for_reading(path, computing)
         assert config == dataclasses.replace(TINY, dtype=computing)

@@ -178,7 +178,9 @@ def fit(
     text = text_of(smallest)
     used = tokens_of(text)
     if used > limit:
-        raise UserError(f"{what}; the task's own text takes {used} tokens, {limit} are left for it")
+        raise UserError(
+            f"{what}; the task's own text takes {used} tokens, beside the answer's {max(limit, 0)} are left"
+        )
     best, base = (text, used, smallest), used
     over = None  # the fewest units that are known not to fit
     probe = guess if guess and guess > smallest else None
