@@ -13,6 +13,7 @@ from lrjax.config import default
 from lrjax.data.tokenizers import JsonTokenizer, byte_tokenizer, new_config
 from lrjax.errors import UserError
 from lrjax.evaluation import longppl, perplexity, readings
+from lrjax.models.bits import ready
 from lrjax.models.llama import LlamaConfig, init_params
 
 CONFIG = LlamaConfig(
@@ -177,7 +178,7 @@ def test_a_checkpoint_of_the_run_chooses_the_key_tokens_of_all(params, tmp_path,
     assert found["longppl"]["evaluator"] == "base"
     ((judge_config, judge),) = judges
     assert judge_config.vocab_size == CONFIG.vocab_size
-    jax.tree.map(np.testing.assert_array_equal, judge, params[1])
+    jax.tree.map(np.testing.assert_array_equal, judge, ready(judge_config, params[1]))
     config.evaluate.perplexity.key_evaluator = "another"
     with pytest.raises(UserError, match=r"key_evaluator 'another': allowed: '', 'base', 'probe'"):
         config_lib.check(config)
