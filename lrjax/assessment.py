@@ -47,8 +47,8 @@ def evaluate(config, workdir):
             for task, function in tasks.items()
             if not (workdir / "evaluation" / name / f"{task}.json").exists()
         }
-        for tokens, flops in _evaluate_checkpoint(config, workdir, name, missing):
-            used = {"tokens": used["tokens"] + tokens, "flops": used["flops"] + flops}
+        if missing:
+            _evaluate_checkpoint(config, workdir, name, missing, used)
     if config.evaluate.lds.documents and not (workdir / "evaluation" / "lds.json").exists():
         _long_dependency(config, workdir)
     if config.merge.curve and not (workdir / "evaluation" / "merge_curve.json").exists():
@@ -56,14 +56,15 @@ def evaluate(config, workdir):
     return used
 
 
-def _evaluate_checkpoint(config, workdir, name, tasks):
-    """Runs tasks of one checkpoint, which is let go of before the next one is read: (tokens, FLOPs) of each."""
-    model = load_for_reading(config, workdir, name) if tasks else None
+def _evaluate_checkpoint(config, workdir, name, tasks, used) -> None:
+    """Runs tasks of one checkpoint, adding to what is used; it is let go of before the next one is read."""
+    model = load_for_reading(config, workdir, name)
     for task, function in tasks.items():
         logging.info("evaluate: %s of %s", task, name)
         result, sequences, length = function(*model, workdir / "evaluation" / name)
         wd.write_json(workdir / "evaluation" / name / f"{task}.json", result)
-        yield sequences * length, forward_flops(model[0], sequences, length)
+        used["tokens"] += sequences * length
+        used["flops"] += forward_flops(model[0], sequences, length)
 
 
 def _long_dependency(config, workdir) -> None:

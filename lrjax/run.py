@@ -43,18 +43,8 @@ def run_config(config, model_config: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(model_config, **{name: config.model[name] for name in COMPUTING})
 
 
-def load_checkpoint(config, workdir, name: str):
-    """`(LlamaConfig, params)` of a checkpoint of the run, laid out on its mesh."""
-    return _load(config, workdir, name)
-
-
-def load_for_reading(config, workdir, name: str):
-    """`load_checkpoint` of what is only read: parameters as `models.bits.ready` has them, rounded on the way."""
-    model_config, params = _load(config, workdir, name, reading=config.model.dtype)
-    return model_config, ready_leaf_by_leaf(model_config, params)
-
-
-def _load(config, workdir, name, reading=None):
+def load_checkpoint(config, workdir, name: str, reading: str | None = None):
+    """`(LlamaConfig, params)` of a checkpoint of the run, laid out on its mesh; `reading` as in `orbax.load_model`."""
     path = checkpoint(workdir, name)
     if not orbax.is_model(path):
         raise UserError(f"{path}: not there; run the stages before this one first")
@@ -62,6 +52,12 @@ def _load(config, workdir, name, reading=None):
     shardings = shardings_of(abstract_params(model_config), open_mesh(config))
     model_config, params = orbax.load_model(path, shardings, reading)
     return run_config(config, model_config), params
+
+
+def load_for_reading(config, workdir, name: str):
+    """`load_checkpoint` of what is only read: parameters as `models.bits.ready` has them, rounded on the way."""
+    model_config, params = load_checkpoint(config, workdir, name, reading=config.model.dtype)
+    return model_config, ready_leaf_by_leaf(model_config, params)
 
 
 def open_tokenizer(workdir):

@@ -254,7 +254,6 @@ def test_bert_score_is_the_mean_of_the_best_cosines(tmp_path):
         metrics_with_data.bert_score(tmp_path, 4)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_bert_score_takes_a_first_word_for_the_same_token_as_later_ones(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizer = byte_level(tmp_path)
@@ -288,6 +287,7 @@ def byte_level(folder):
     return made
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_metrics_whose_data_are_missing_say_so(tmp_path, prompter, wordnet):
     with pytest.raises(UserError, match=r"nltk_data: .* has no corpora/wordnet; .*nltk.download"):
         metrics_with_data.meteor(tmp_path)

@@ -68,7 +68,7 @@ def ready_leaf_by_leaf(config, params: dict) -> dict:
 
 
 def dtype_for_reading(name: str, ndim: int, dtype, computing):
-    """The dtype in which `ready` has a leaf of another one."""
+    """The dtype that `ready` gives a leaf of `dtype`, by its name and rank, where the model computes in `computing`."""
     return jnp.dtype(computing if _is_matrix(name, ndim) and dtype == jnp.float32 else dtype)
 
 
