@@ -196,6 +196,15 @@ def test_a_model_for_reading_is_rounded_as_it_is_read(tmp_path, kind, computing)
     assert_same_bits(jax.device_get(found), jax.device_get(expected))
 
 
+@pytest.mark.parametrize("lost", ["", "_METADATA"])  # all, or what is there
+def test_an_lrjax_model_that_lost_a_file_is_one_clear_line(tmp_path, lost):
+    orbax.save_model(tmp_path / "model", TINY, random_params(TINY))
+    path = tmp_path / "model" / "params" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=r"model/params: unreadable checkpoint|no checkpoint there"):
+        loading.load(tmp_path / "model")
+
+
 def test_tokenizer_is_written_along(tmp_path):
     huggingface.save(tmp_path / "model", TINY, random_params(TINY), tokenizer="bytes")
     assert load_tokenizer(tmp_path / "model").encode("é").tolist() == [*"é".encode()]

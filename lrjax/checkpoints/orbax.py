@@ -86,14 +86,16 @@ def load_model(path, shardings=None, reading: str | None = None):
         shardings = jax.tree.map(lambda _: single, abstract_params(config))
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(path / "params").item_metadata.tree
+            metadata = checkpointer.metadata(path / "params").item_metadata
         except (FileNotFoundError, ValueError) as error:
             raise UserError(
                 f"{path}/params: unreadable checkpoint: {_first_line(error)}"
             ) from error
+        if metadata is None:
+            raise UserError(f"{path}/params: unreadable checkpoint: it says nothing of its arrays")
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            _checked(stored, config, path, reading),
+            _checked(metadata.tree, config, path, reading),
             shardings,
         )
         try:
